@@ -1,0 +1,210 @@
+"""The command line: `rso-numba compare` and `rso-numba info` (or `python -m rso_numba ...`).
+
+Numba, matplotlib and scikit-learn are imported where they are needed, so that `--help` is quick.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+from . import __version__, datasets, kernels, models, presets
+
+# What suits each data set, where the command line says nothing else.
+DEFAULTS = {
+    "digits": dict(rounds=8, batch_size=1024, epochs=30),
+    "digits28": dict(rounds=2, batch_size=512, epochs=30),
+    "mnist": dict(rounds=10, batch_size=1024, epochs=10),
+}
+PACKAGES = ("numpy", "numba", "llvmlite", "matplotlib", "scikit-learn")
+
+
+def main(argv=None):
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments; by default those the program was started with.
+
+    Returns
+    -------
+    int
+        Exit status: 0, 2 after an error of the user, 130 after Ctrl-C.
+    """
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except KeyboardInterrupt:
+        print("rso-numba: interrupted; nothing more was written", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError) as error:
+        print("rso-numba: error:", " ".join(str(error).split()), file=sys.stderr)  # on one line
+        return 2
+
+
+def parser():
+    """Return the parser of the command line."""
+    top = argparse.ArgumentParser(
+        prog="rso-numba", description="Train a small CNN one weight at a time, without gradients.")
+    top.add_argument("--version", action="version", version=f"rso-numba {__version__}")
+    commands = top.add_subparsers(required=True, metavar="command")
+    info_parser = commands.add_parser("info", help="show versions, threads, GPU and folders")
+    info_parser.set_defaults(command=info)
+    run = commands.add_parser(
+        "compare", help="train a network by RSO and its twin by SGD, and draw both",
+        description="Train a network by RSO, and its twin with the same initial weights by SGD. Print a "
+        "table, and write a picture, both histories and both networks to a folder. Ctrl-C ends the training "
+        "early and keeps what was learnt.")
+    run.set_defaults(command=compare)
+
+    def names(choices):
+        return f"one of {', '.join(choices)}"
+
+    def by_data(key):
+        return "default: " + ", ".join(f"{values[key]} for {name}" for name, values in DEFAULTS.items())
+
+    option = run.add_argument
+    option("--data", default="digits", metavar="NAME",
+           help=f"data set, {names(datasets.LOADERS)} (default: %(default)s)")
+    option("--data-home", metavar="FOLDER", help="folder with the files of MNIST, or to download them to "
+           "(default: $RSO_NUMBA_DATA, or ./data if there is one)")
+    option("--model", default="one_conv", metavar="NAME",
+           help=f"network, {names(models.MODELS)} (default: %(default)s)")
+    option("--preset", default="paper", metavar="NAME",
+           help=f"settings of RSO, {names(presets.PRESETS)} (default: %(default)s)")
+    option("--rounds", type=int, metavar="N",
+           help=f"how often RSO visits every weight ({by_data('rounds')})")
+    option("--batch-size", type=int, metavar="N",
+           help=f"images in a mini-batch of RSO ({by_data('batch_size')})")
+    option("--epochs", type=int, metavar="N",
+           help=f"how often SGD passes over the training set ({by_data('epochs')})")
+    option("--sgd-batch-size", type=int, default=32, metavar="N",
+           help="images in a mini-batch of SGD (default: %(default)s)")
+    option("--learning-rate", type=float, default=0.1, metavar="X",
+           help="of SGD: length of a step, as a multiple of the gradient (default: %(default)s)")
+    option("--momentum", type=float, default=0.0, metavar="X",
+           help="of SGD: part of the last step that is added to the next, 0 to 1 (default: %(default)s)")
+    option("--seed", type=int, default=0, metavar="N",
+           help="of all random numbers, 0 or larger (default: %(default)s)")
+    option("--backend", default="cpu", metavar="NAME",
+           help=f"what computes, {names(kernels.BACKENDS)} (default: %(default)s)")
+    option("--threads", type=int, metavar="N", help="threads of the cpu backend (default: all cores)")
+    option("--out", default="rso-out", metavar="FOLDER",
+           help="folder for the files, made if need be (default: %(default)s)")
+    option("--no-progress", action="store_true", help="show no progress bars")
+    return top
+
+
+def compare(arguments):
+    """Run `rso-numba compare`; return the exit status."""
+    from . import experiments
+
+    if arguments.threads is not None:
+        _set_threads(arguments.threads)
+    data = datasets.load(arguments.data, arguments.data_home)
+    chosen = dict(DEFAULTS[arguments.data])
+    chosen.update({name: getattr(arguments, name) for name in chosen if getattr(arguments, name) is not None})
+    result = experiments.compare(
+        data, arguments.model, chosen["rounds"], chosen["batch_size"], arguments.preset,
+        sgd_epochs=chosen["epochs"], sgd_batch_size=arguments.sgd_batch_size,
+        learning_rate=arguments.learning_rate, momentum=arguments.momentum, backend=arguments.backend,
+        seed=arguments.seed, out=arguments.out, progress=not arguments.no_progress)
+    print(experiments.table(result.histories.values()))
+    print("wrote", ", ".join(map(str, result.files)) or "nothing")
+    if result.interrupted is not None:
+        print("rso-numba:", result.interrupted, file=sys.stderr)
+        return 130
+    return 0
+
+
+def _set_threads(threads):
+    import numba
+
+    most = numba.config.NUMBA_NUM_THREADS
+    if not 1 <= threads <= most:
+        raise ValueError(f"--threads is {threads}; expected 1 to {most} on this machine")
+    numba.set_num_threads(threads)
+
+
+def info(arguments):
+    """Run `rso-numba info`; return the exit status."""
+    import numba
+
+    lines = [("rso_numba", __version__), ("python", platform.python_version())]
+    lines += [(package, _version(package)) for package in PACKAGES]
+    lines += [
+        ("CPU cores", os.cpu_count()),
+        ("Numba threads", numba.get_num_threads()),
+        ("threading layer", _threading_layer()),
+        ("compiled code", _cache_folder()),
+        ("CUDA", f"the cuda backend is not part of this version yet; {_gpu()}"),
+    ]
+    lines += [("data folder", line) for line in _data_folders()]
+    for name, value in lines:
+        print(f"{name:<16}{value}")
+    return 0
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _threading_layer():
+    # Numba chooses the layer when the first parallel function runs
+    import numba
+
+    @numba.njit(parallel=True)
+    def count(n):
+        total = 0
+        for _ in numba.prange(n):
+            total += 1
+        return total
+
+    try:
+        count(2)
+        return numba.threading_layer()
+    except ValueError as error:  # NUMBA_THREADING_LAYER asks for one that is not there
+        return f"none: {error}"
+
+
+def _cache_folder():
+    for function in vars(kernels.backend("cpu")).values():
+        stats = getattr(function, "stats", None)  # formulas have it too, but only kernels are cached
+        if stats is not None and stats.cache_path is not None:
+            return stats.cache_path
+    return "not kept: no folder can be written"
+
+
+def _gpu():
+    # the only place that imports Numba's CUDA; without a driver it is there, but says no
+    try:
+        from numba import cuda
+
+        if not cuda.is_available():
+            return "Numba sees no GPU"
+        name = cuda.get_current_device().name
+        return f"Numba sees a GPU, {name.decode() if isinstance(name, bytes) else name}"
+    except Exception as error:  # a broken driver raises many things, and none is worth a traceback here
+        return f"Numba cannot ask for a GPU ({type(error).__name__}: {error})"
+
+
+def _data_folders():
+    given = os.environ.get("RSO_NUMBA_DATA")
+    roots = [Path(given)] if given else [Path("data"), Path(__file__).parents[1] / "data"]
+    for root in dict.fromkeys(root.expanduser().resolve() for root in roots):
+        if not root.is_dir():
+            yield f"{root} does not exist"
+            continue
+        found = [name for name in datasets.MNIST_FILES for folder in (root, root / "mnist")
+                 for end in ("", ".gz") if (folder / (name + end)).is_file()]
+        yield f"{root} has {len(set(found))} of the {len(datasets.MNIST_FILES)} files of MNIST"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Where the mini-batch of a trial comes from: three policies, each with `begin` and `draw`."""
+
+
+class Fresh:
+    """Algorithm 1: a random sample of the training set, drawn anew for every trial."""
+
+    def __init__(self, data, batch_size, rng):
+        self.data, self.batch_size, self.rng = data, batch_size, rng
+
+    def begin(self, parameter):
+        """Tell the policy that the visit of `parameter` begins."""
+
+    def draw(self):
+        """Return images and labels of the next mini-batch."""
+        images, labels = self.data.train_images, self.data.train_labels
+        chosen = self.rng.choice(len(images), self.batch_size, replace=False, shuffle=False)
+        return images[chosen], labels[chosen]
+
+
+class Slices:
+    """The authors' code: consecutive slices of a shuffled set, cycled.
+
+    The set is shuffled when the visit of a layer's weights begins; gamma and beta of the layer
+    start again at its first slice. Images that fill no whole slice wait for the next shuffle.
+    """
+
+    def __init__(self, data, batch_size, rng):
+        self.data, self.batch_size, self.rng = data, batch_size, rng
+        self.n_slices = len(data.train_images) // batch_size
+        self.shuffled = None
+
+    def begin(self, parameter):
+        if self.shuffled is None or parameter.name not in ("gamma", "beta"):
+            self.shuffled = self.rng.permutation(len(self.data.train_images))
+        self.next = 0
+
+    def draw(self):
+        start = self.next * self.batch_size
+        self.next = (self.next + 1) % self.n_slices
+        chosen = self.shuffled[start : start + self.batch_size]
+        return self.data.train_images[chosen], self.data.train_labels[chosen]
+
+
+class Partition:
+    """The notebook: the set is split once, one part is drawn with replacement for every trial.
+
+    The last part may be short.
+    """
+
+    def __init__(self, data, batch_size, rng):
+        shuffled = rng.permutation(len(data.train_images))
+        images, labels = data.train_images[shuffled], data.train_labels[shuffled]
+        starts = range(0, len(images), batch_size)
+        self.parts = [(images[s : s + batch_size], labels[s : s + batch_size]) for s in starts]
+        self.rng = rng
+
+    def begin(self, parameter):
+        pass
+
+    def draw(self):
+        return self.parts[self.rng.integers(len(self.parts))]
+
+
+POLICIES = {"fresh": Fresh, "slices": Slices, "partition": Partition}

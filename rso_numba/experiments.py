@@ -1,0 +1,240 @@
+"""The comparison that `rso-numba compare` runs: one network trained by RSO, its twin by SGD."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from . import models, plots, presets, rso, sgd
+from .datasets import check_images, check_labels
+from .evaluators import FullForward
+from .history import History
+
+SCAN_VALUES = 41  # points of the curve in the picture of one trial
+
+
+@dataclass(eq=False)
+class Comparison:
+    """What `compare` returns.
+
+    Parameters
+    ----------
+    networks, histories : dict
+        The trained Network and its History, by solver: "rso" and "sgd".
+    files : list of Path
+        What was written.
+    interrupted : str or None
+        If Ctrl-C ended the training early: where it stopped.
+    """
+
+    networks: dict
+    histories: dict
+    files: list = field(default_factory=list)
+    interrupted: str | None = None
+
+
+def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *, sgd_epochs=30,
+            sgd_batch_size=32, learning_rate=0.1, momentum=0.0, backend="cpu", seed=0, out="rso-out",
+            progress=True):
+    """Train one network by RSO and by SGD from the same initial weights, and write what happened.
+
+    The defaults suit the digits of scikit-learn.
+
+    Parameters
+    ----------
+    data : Dataset
+    model : str
+        See `models.build`.
+    rounds, batch_size, preset
+        Of RSO, see `rso.train`.
+    sgd_epochs, sgd_batch_size, learning_rate, momentum
+        Of SGD, see `sgd.train`.
+    backend : {"cpu", "numpy"}
+    seed : int
+        0 or larger. Draws the initial weights, the steps and the mini-batches.
+    out : str or path
+        A folder, made if need be, for compare.png, rso.csv, sgd.csv, rso.npz, sgd.npz. Former
+        files of these names are replaced.
+    progress : bool
+        Show progress bars with the time left.
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is out of range or does not fit the data.
+
+    Notes
+    -----
+    Ctrl-C during the training raises nothing: what was learnt so far is written and returned, and
+    `Comparison.interrupted` says where the training stopped.
+    """
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; expected 0 or larger")
+    settings = presets.resolve(preset)
+    networks = {solver: models.build(model, data.image_shape, data.n_classes, seed, settings)
+                for solver in ("rso", "sgd")}
+    result = Comparison(networks, {solver: History(solver) for solver in networks})
+    # this searches nothing yet, but complains now, not after the SGD, of arguments that do not fit
+    rso.trials(networks["rso"], data, rounds, batch_size, settings, backend=backend)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    before = first_filters(networks["rso"]).copy()
+    # these two run on a copy, and compile every kernel before the clocks start
+    scan = example_trial(networks["rso"], data, batch_size, settings, backend, seed)
+    sgd.gradients(networks["sgd"], data.train_images[:2], data.train_labels[:2], backend)
+    try:
+        # SGD first: it takes a moment, and an interrupted search then has something to compare with
+        sgd.train(networks["sgd"], data, sgd_epochs, sgd_batch_size, learning_rate, momentum,
+                  backend=backend, rng=_generator(seed), progress=progress, history=result.histories["sgd"])
+        rso.train(networks["rso"], data, rounds, batch_size, settings,
+                  backend=backend, rng=_generator(seed), progress=progress, history=result.histories["rso"])
+    except KeyboardInterrupt:
+        result.interrupted = _where(result)
+        if networks["rso"].has_batchnorm and settings.test_statistics == "first_2000":
+            # its statistics are those of the last whole round
+            networks["rso"].calibrate(data.train_images[: rso.CALIBRATION_IMAGES], backend)
+    _write(result, Path(out), before, scan, f"{data.name}: {model}, {networks['rso'].n_weights:,} weights")
+    return result
+
+
+def _generator(seed):
+    # not the stream that drew the initial weights, or the first steps would repeat them
+    return np.random.default_rng([seed, 1])
+
+
+def _where(result):
+    """Say in which round the training was interrupted, and how much of it the network has seen."""
+    histories = result.histories
+    if not histories["rso"].rounds:
+        solver, part, unit, per_unit = "sgd", "epoch", "steps", result.networks["sgd"].n_weights
+    else:
+        solver, part, unit, per_unit = "rso", "round", "weight visits", 1
+    history = histories[solver]
+    if not history.rounds:
+        return "interrupted before the training began"
+    n = (history.weights_visited - history.rounds[-1].weights_visited) // per_unit
+    return (f"interrupted in {part} {len(history.rounds)} of {solver.upper()}; the saved network includes "
+            f"the first {n} {unit} of that {part}")
+
+
+def _write(result, out, before, scan, title):
+    """Write networks and histories of the solvers that have begun, and the picture."""
+    begun = [history for history in result.histories.values() if history.rounds]
+    for history in begun:
+        result.networks[history.solver].save(out / f"{history.solver}.npz")
+        result.files.append(out / f"{history.solver}.npz")
+        history.to_csv(out / f"{history.solver}.csv")
+        result.files.append(out / f"{history.solver}.csv")
+    if begun:
+        after = first_filters(result.networks["rso"])
+        figure = plots.overview(begun, result.histories["rso"], before, after, scan, title)
+        plots.save(figure, out / "compare.png")
+        result.files.append(out / "compare.png")
+
+
+def table(histories):
+    """Return the last rows of training histories as a table in Markdown.
+
+    Parameters
+    ----------
+    histories : iterable of History
+        Those without a row are left out.
+
+    Returns
+    -------
+    str
+        Losses in nats; images forwarded and weight visits as `history.Round` counts them.
+    """
+    rows = [["solver", "rounds or epochs", "train loss", "train accuracy", "test loss", "test accuracy",
+             "training seconds", "images forwarded", "weight visits", "accepted %"]]
+    for history in histories:
+        if not history.rounds:
+            continue
+        last = history.rounds[-1]
+        searched = history.solver == "rso" and last.weights_visited > 0
+        rows.append([
+            history.solver.upper(), str(last.round),
+            f"{last.train_loss:.4f}", f"{last.train_accuracy:.4f}",
+            f"{last.test_loss:.4f}", f"{last.test_accuracy:.4f}",
+            f"{last.seconds:.1f}", f"{last.images_forwarded:,}", f"{last.weights_visited:,}",
+            f"{100 * last.accepted / last.weights_visited:.1f}" if searched else "-",
+        ])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def scan_weight(network, parameter, index, values, images, labels, backend="cpu"):
+    """Return the loss of a mini-batch for each of many values of one weight; change nothing.
+
+    Parameters
+    ----------
+    network : Network
+    parameter : Parameter
+        One of `network.parameters()`.
+    index : tuple of int
+        The weight is `parameter.value[index]`.
+    values : ndarray (n,)
+    images : ndarray (N, C, H, W), float32 in [0, 1]
+    labels : ndarray (N,), int
+    backend : {"cpu", "numpy"}
+
+    Returns
+    -------
+    ndarray (n,), float64
+        Mean cross-entropy in nats. BatchNorm uses the statistics of these images, as in the search.
+    """
+    images = check_images(images, network.image_shape)
+    labels = check_labels(labels, network.n_classes, len(images))
+    judge = FullForward(network, backend)
+    judge.set_batch(images, labels)
+    return judge.losses(parameter, index, values)
+
+
+def example_trial(network, data, batch_size=1024, preset="paper", backend="cpu", seed=0):
+    """Search the first convolution of a copy of `network` until a step is accepted; scan that weight.
+
+    Parameters
+    ----------
+    network : Network
+        Not changed.
+    data : Dataset
+    batch_size, preset, backend
+        See `rso.trials`.
+    seed : int
+        Draws the mini-batch and the steps.
+
+    Returns
+    -------
+    values, losses : ndarray (41,)
+        Loss of the mini-batch, from w - 2 |Delta| to w + 2 |Delta|.
+    trial : Trial
+        The three arguments of `plots.trial`.
+    """
+    copy = models.build(network.name, network.image_shape, network.n_classes, seed, preset)
+    copy.set_state(network.state())
+    copy.fit_scaling(data.train_images)
+    # with a training set of batch_size images, every mini-batch is that set: the scan can use it too
+    batch = data.subset(n_train=batch_size, rng=_generator(seed))
+    for trial in rso.trials(copy, batch, 1, batch_size, preset, backend=backend, rng=_generator(seed),
+                            order="first_last", trained=("weight",), unit="weight"):
+        if trial.accepted:
+            break
+    (parameter,) = (p for p in copy.parameters() if (p.layer, p.name) == (trial.layer, trial.parameter))
+    w = plots.candidates(trial)[0]
+    values = np.linspace(w - 2 * abs(trial.delta), w + 2 * abs(trial.delta), SCAN_VALUES)
+    losses = scan_weight(copy, parameter, trial.index, values, batch.train_images, batch.train_labels,
+                         backend)
+    return values, losses, trial
+
+
+def first_filters(network):
+    """Return the weights of the first convolution, (C_out, C_in, k, k): a view, not a copy."""
+    return next(p.value for p in network.parameters() if p.value.ndim == 4)

@@ -1,0 +1,60 @@
+"""How kernels are compiled: three decorators, so that the policy stands in one place.
+
+Compiled code is cached on disk, where Numba looks for it under the name of the function. Numba notices an
+edit of the file that defines the function, but not of the files it takes formulas from; so the name under
+which we cache carries a digest of every file of this folder, and any edit here compiles anew.
+"""
+
+import contextlib
+import functools
+import hashlib
+import pathlib
+
+import numba
+
+FOLDER = pathlib.Path(__file__).parent
+SOURCES = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.py")))
+DIGEST = hashlib.sha256(SOURCES).hexdigest()[:12]
+
+# A product and a sum may become one instruction (contract), the compiler may choose the order of a sum
+# (reassoc), and 0 needs no sign (nsz). Flags that assume no NaN or infinity stay off: a loss must show them.
+FASTMATH = {"contract", "reassoc", "nsz"}
+
+
+def formula(function):
+    """Compile scalar maths, to be inlined where it is called."""
+    return numba.njit(inline="always", fastmath=FASTMATH)(function)
+
+
+def kernel(function):
+    """Compile a function that works in one thread, usually on one block of images."""
+    return _compile(function, parallel=False)
+
+
+def parallel_kernel(function):
+    """Compile a function whose `prange` loop is shared among the threads."""
+    return _compile(function, parallel=True)
+
+
+def _compile(function, parallel):
+    options = dict(fastmath=FASTMATH, error_model="numpy", nogil=True, parallel=parallel)
+    name = function.__qualname__
+    function.__qualname__ = f"{name}_{DIGEST}"  # names the cache files
+    try:
+        compiled = numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder can be written: compile in each process
+        compiled = numba.njit(**options)(function)
+    finally:
+        function.__qualname__ = name
+    if hasattr(compiled, "stats"):  # with NUMBA_DISABLE_JIT=1 it is the plain Python function
+        _remove_stale(compiled.stats.cache_path)
+    return compiled
+
+
+@functools.cache
+def _remove_stale(folder):
+    """Delete what was cached before the last edit; `folder` is None without a cache."""
+    for path in pathlib.Path(folder).glob("*.nb[ic]") if folder else ():
+        if DIGEST not in path.name:
+            with contextlib.suppress(OSError):  # gone already, or not ours to delete: it does no harm
+                path.unlink()

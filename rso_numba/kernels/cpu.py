@@ -1,0 +1,496 @@
+"""The `cpu` backend: every kernel compiled by Numba, several threads, vector instructions.
+
+Each function here has a twin of the same name and arguments in `plain.py`, in the same order; read that one
+to see what is computed, this one to see how it is made fast.
+
+Layout. Images are packed into blocks of LANES = 16, the index of the image innermost:
+
+    images (N, C, H, W)                          x (n_blocks, C, H, W, LANES)
+
+    image 0   a0 a1 a2 ...                                 lane 0  1  2      15
+    image 1   b0 b1 b2 ...        pack         pixel 0  | a0 b0 c0 ... p0 |
+    image 2   c0 c1 c2 ...       ------>       pixel 1  | a1 b1 c1 ... p1 |   block 0 = images 0 to 15
+      ...                                      pixel 2  | a2 b2 c2 ... p2 |
+    image 15  p0 p1 p2 ...                       ...
+    image 16  q0 q1 q2 ...                     pixel 0  | q0 r0 s0 ...    |   block 1 = images 16 to 31
+
+The same pixel of 16 images lies side by side and fills one vector register, so each inner loop runs over
+images: it is as fast for a 7x7 map as for a 28x28 map, and it has no borders. Threads share the blocks.
+The last block is filled up with zeros; what later layers make of those lanes is never read.
+
+No result depends on the number of threads: a sum over images is made block by block, and the sums of the
+blocks are added in their order.
+"""
+
+import numpy as np
+from numba import get_num_threads, prange
+
+from . import formulas
+from .compiling import formula, kernel, parallel_kernel
+from .lanes import LANES
+from .products import conv2d_blocks, conv2d_weight_blocks, dense_blocks, dense_weight_blocks
+
+ZERO = np.float32(0)
+ALIGNMENT = 64  # bytes in a cache line and in a register of AVX-512
+
+relu = formula(formulas.relu)
+relu_gradient = formula(formulas.relu_gradient)
+maximum = formula(formulas.maximum)
+mean_of_four = formula(formulas.mean_of_four)
+quarter = formula(formulas.quarter)
+batchnorm_gradient = formula(formulas.batchnorm_gradient)
+exp_difference = formula(formulas.exp_difference)
+image_loss = formula(formulas.cross_entropy)
+image_loss_gradient = formula(formulas.cross_entropy_gradient)
+
+
+def empty(shape, dtype):
+    """Return an uninitialized array that starts a cache line, so that no register straddles two."""
+    size = int(np.prod(shape))
+    itemsize = np.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNMENT // itemsize, dtype)
+    start = -(raw.ctypes.data // itemsize) % (ALIGNMENT // itemsize)
+    return raw[start : start + size].reshape(shape)
+
+
+def by_channel(x):
+    """View (n_blocks, C, ..., LANES) as (n_blocks, C, n_pixels, LANES)."""
+    return x.reshape(*x.shape[:2], -1, LANES)
+
+
+def pack(images):
+    """Return images (N, ...) as (n_blocks, ..., LANES), filled up with zeros."""
+    rows = np.ascontiguousarray(images).reshape(len(images), -1)
+    x = empty((-(-len(images) // LANES), *images.shape[1:], LANES), images.dtype)
+    pack_blocks(rows, x.reshape(len(x), -1, LANES))
+    return x
+
+
+@parallel_kernel
+def pack_blocks(rows, x):
+    # rows (N, n), x (n_blocks, n, LANES)
+    for b in prange(x.shape[0]):
+        first, n = b * LANES, min(LANES, rows.shape[0] - b * LANES)
+        for i in range(x.shape[1]):
+            for lane in range(LANES):
+                x[b, i, lane] = rows[first + lane, i] if lane < n else ZERO
+
+
+def unpack(x, n_images):
+    """Return the first n_images of (n_blocks, ..., LANES) as (n_images, ...)."""
+    rows = np.empty((n_images, *x.shape[1:-1]), x.dtype)
+    unpack_blocks(x.reshape(len(x), -1, LANES), rows.reshape(n_images, -1))
+    return rows
+
+
+@parallel_kernel
+def unpack_blocks(x, rows):
+    # x (n_blocks, n, LANES), rows (N, n)
+    for b in prange(x.shape[0]):
+        for lane in range(min(LANES, rows.shape[0] - b * LANES)):
+            for i in range(x.shape[1]):
+                rows[b * LANES + lane, i] = x[b, i, lane]
+
+
+def scale_shift(x, scale, shift):
+    """Return scale * x + shift, channel by channel."""
+    y = empty(x.shape, x.dtype)
+    scale_shift_blocks(by_channel(x), scale, shift, by_channel(y))
+    return y
+
+
+@parallel_kernel
+def scale_shift_blocks(x, scale, shift, y):
+    # x, y (n_blocks, C, n_pixels, LANES), scale and shift (C,)
+    for b in prange(x.shape[0]):
+        for c in range(x.shape[1]):
+            for p in range(x.shape[2]):
+                for lane in range(LANES):
+                    y[b, c, p, lane] = scale[c] * x[b, c, p, lane] + shift[c]
+
+
+def conv2d_forward(x, weight, bias):
+    """Return the cross-correlation of x with 3x3 (padded by 1) or 1x1 filters, plus bias."""
+    y = empty((len(x), len(weight), *x.shape[2:]), x.dtype)
+    conv2d_blocks(x, weight, bias, y, padded_scratch(x, weight))
+    return y
+
+
+def padded_scratch(x, weight):
+    """Return room (n_threads, C_in, H + k - 1, W + k - 1, LANES) for a padded block in each thread."""
+    n_channels, height, width = x.shape[1:4]
+    margins = weight.shape[2] - 1
+    return empty((get_num_threads(), n_channels, height + margins, width + margins, LANES), x.dtype)
+
+
+def conv2d_backward(x, weight, dy):
+    """Return the gradients (dx, dweight, dbias) of conv2d_forward."""
+    # dx is a convolution of dy with the filters turned by 180 degrees
+    turned = np.ascontiguousarray(weight[:, :, ::-1, ::-1].swapaxes(0, 1))
+    dx = conv2d_forward(dy, turned, np.zeros(len(turned), x.dtype))
+    dweight = np.empty((len(x), *weight.shape), x.dtype)
+    conv2d_weight_blocks(x, dy, dweight, padded_scratch(x, weight))
+    return dx, add_blocks(dweight, x.dtype), channel_totals(dy)
+
+
+def add_blocks(parts, dtype):
+    """Return the sum of the blocks' parts (n_blocks, ...), added in their order."""
+    return parts.sum(axis=0, dtype=np.float64).astype(dtype)
+
+
+def dense_forward(x, weight, bias):
+    """Return x @ weight.T + bias."""
+    y = empty((len(x), len(weight), LANES), x.dtype)
+    dense_blocks(x, weight, bias, y)
+    return y
+
+
+def dense_backward(x, weight, dy):
+    """Return the gradients (dx, dweight, dbias) of dense_forward."""
+    dx = dense_forward(dy, np.ascontiguousarray(weight.T), np.zeros(weight.shape[1], x.dtype))
+    dweight = np.empty((len(x), *weight.shape), x.dtype)
+    rows = unpack(x, len(x) * LANES).reshape(len(x), LANES, -1)
+    dense_weight_blocks(rows, dy, dweight)
+    return dx, add_blocks(dweight, x.dtype), channel_totals(dy)
+
+
+def channel_totals(x):
+    """Return the sums (C,) of each channel over all lanes and pixels."""
+    sums = np.empty(x.shape[:2], np.float64)
+    zero = np.zeros(x.shape[1], x.dtype)
+    moment_blocks(by_channel(x), zero, 1, len(x) * LANES, sums)
+    return add_blocks(sums, x.dtype)
+
+
+def batchnorm_statistics(x, n_images):
+    """Return mean and (biased) variance of each channel over images and pixels."""
+    x = by_channel(x)
+    sums = np.empty(x.shape[:2], np.float64)
+    moment_blocks(x, np.zeros(x.shape[1], x.dtype), 1, n_images, sums)
+    mean = sums.sum(axis=0) / (n_images * x.shape[2])
+    moment_blocks(x, mean.astype(x.dtype), 2, n_images, sums)  # around the mean: nothing cancels
+    variance = sums.sum(axis=0) / (n_images * x.shape[2])
+    return mean.astype(x.dtype), variance.astype(x.dtype)
+
+
+@parallel_kernel
+def moment_blocks(x, center, power, n_images, sums):
+    # x (n_blocks, C, n_pixels, LANES), center (C,), sums (n_blocks, C) of (x - center) ** power, power 1 or 2
+    for b in prange(x.shape[0]):
+        for c in range(x.shape[1]):
+            sums[b, c] = moment(x[b, c], center[c], power, min(LANES, n_images - b * LANES))
+
+
+@kernel
+def moment(x, center, power, n_lanes):
+    # x (n_pixels, LANES) -> sum of (x - center) ** power over the first n_lanes lanes, in float64
+    total = 0.0
+    for p in range(x.shape[0]):
+        for lane in range(LANES):
+            difference = np.float64(x[p, lane] - center) if lane < n_lanes else 0.0
+            total += difference if power == 1 else difference * difference
+    return total
+
+
+def batchnorm_backward(x, dy, mean, variance, gamma, epsilon, n_images):
+    """Return the gradients (dx, dgamma, dbeta) of BatchNorm with the statistics of this batch."""
+    dx = empty(x.shape, x.dtype)
+    sums = np.empty((2, *x.shape[:2]), np.float64)
+    inverse_std = (1 / np.sqrt(variance + x.dtype.type(epsilon))).astype(x.dtype)
+    product_blocks(by_channel(x), by_channel(dy), mean, inverse_std, n_images, sums)
+    dbeta, dgamma = sums.sum(axis=1)
+    count = n_images * np.prod(x.shape[2:-1])
+    means = (dbeta / count).astype(x.dtype), (dgamma / count).astype(x.dtype)
+    arguments = mean, inverse_std, gamma, *means, n_images
+    batchnorm_gradient_blocks(by_channel(x), by_channel(dy), *arguments, by_channel(dx))
+    return dx, dgamma.astype(x.dtype), dbeta.astype(x.dtype)
+
+
+@parallel_kernel
+def product_blocks(x, dy, mean, inverse_std, n_images, sums):
+    # x, dy (n_blocks, C, n_pixels, LANES), mean and inverse_std (C,)
+    # sums (2, n_blocks, C): of dy, and of dy * normalized x
+    for b in prange(x.shape[0]):
+        for c in range(x.shape[1]):
+            n_lanes = min(LANES, n_images - b * LANES)
+            sums[0, b, c] = moment(dy[b, c], ZERO, 1, n_lanes)
+            sums[1, b, c] = product(x[b, c], dy[b, c], mean[c], n_lanes) * inverse_std[c]
+
+
+@kernel
+def product(x, dy, mean, n_lanes):
+    # x, dy (n_pixels, LANES) -> sum of (x - mean) * dy over the first n_lanes lanes, in float64
+    total = 0.0
+    for p in range(x.shape[0]):
+        for lane in range(LANES):
+            total += np.float64((x[p, lane] - mean) * dy[p, lane]) if lane < n_lanes else 0.0
+    return total
+
+
+@parallel_kernel
+def batchnorm_gradient_blocks(x, dy, mean, inverse_std, gamma, mean_dy, mean_dy_normalized, n_images, dx):
+    # x, dy, dx (n_blocks, C, n_pixels, LANES), the others (C,)
+    for b in prange(x.shape[0]):
+        for c in range(x.shape[1]):
+            for p in range(x.shape[2]):
+                for lane in range(LANES):
+                    gradient = batchnorm_gradient(
+                        x[b, c, p, lane], dy[b, c, p, lane],
+                        mean[c], inverse_std[c], gamma[c], mean_dy[c], mean_dy_normalized[c],
+                    )
+                    dx[b, c, p, lane] = gradient if b * LANES + lane < n_images else ZERO
+
+
+def relu_forward(x):
+    """Return max(x, 0)."""
+    y = empty(x.shape, x.dtype)
+    relu_blocks(x.reshape(len(x), -1), y.reshape(len(x), -1))
+    return y
+
+
+@parallel_kernel
+def relu_blocks(x, y):
+    # x, y (n_blocks, n * LANES)
+    for b in prange(x.shape[0]):
+        for i in range(x.shape[1]):
+            y[b, i] = relu(x[b, i])
+
+
+def relu_backward(y, dy):
+    """Return dy where the output was positive, else 0."""
+    dx = empty(y.shape, y.dtype)
+    relu_gradient_blocks(y.reshape(len(y), -1), dy.reshape(len(y), -1), dx.reshape(len(y), -1))
+    return dx
+
+
+@parallel_kernel
+def relu_gradient_blocks(y, dy, dx):
+    # y, dy, dx (n_blocks, n * LANES)
+    for b in prange(y.shape[0]):
+        for i in range(y.shape[1]):
+            dx[b, i] = relu_gradient(y[b, i], dy[b, i])
+
+
+def maxpool_forward(x):
+    """Return the maximum of every 2x2 window; an odd last row or column is dropped."""
+    y = empty((*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2, LANES), x.dtype)
+    maxpool_blocks(x, y)
+    return y
+
+
+@parallel_kernel
+def maxpool_blocks(x, y):
+    # x (n_blocks, C, H, W, LANES), y (n_blocks, C, H // 2, W // 2, LANES)
+    for b in prange(x.shape[0]):
+        for c in range(y.shape[1]):
+            for h in range(y.shape[2]):
+                for w in range(y.shape[3]):
+                    for lane in range(LANES):
+                        upper = maximum(x[b, c, 2 * h, 2 * w, lane], x[b, c, 2 * h, 2 * w + 1, lane])
+                        lower = maximum(x[b, c, 2 * h + 1, 2 * w, lane], x[b, c, 2 * h + 1, 2 * w + 1, lane])
+                        y[b, c, h, w, lane] = maximum(upper, lower)
+
+
+def maxpool_backward(x, y, dy):
+    """Return dx: each window's gradient goes to its first maximum in row-major order."""
+    dx = empty(x.shape, x.dtype)
+    dx[:] = 0  # also a dropped last row or column
+    maxpool_gradient_blocks(x, y, dy, dx)
+    return dx
+
+
+@parallel_kernel
+def maxpool_gradient_blocks(x, y, dy, dx):
+    # x, dx (n_blocks, C, H, W, LANES), y, dy (n_blocks, C, H // 2, W // 2, LANES)
+    for b in prange(x.shape[0]):
+        maxpool_gradient_block(x[b], y[b], dy[b], dx[b])
+
+
+@kernel
+def maxpool_gradient_block(x, y, dy, dx):
+    # x, dx (C, H, W, LANES), y, dy (C, H // 2, W // 2, LANES)
+    for c in range(y.shape[0]):
+        for h in range(y.shape[1]):
+            for w in range(y.shape[2]):
+                for lane in range(LANES):
+                    rest = dy[c, h, w, lane]
+                    for row in range(2 * h, 2 * h + 2):
+                        for column in range(2 * w, 2 * w + 2):
+                            is_maximum = x[c, row, column, lane] == y[c, h, w, lane]
+                            dx[c, row, column, lane] = rest if is_maximum else ZERO
+                            rest = ZERO if is_maximum else rest
+
+
+def avgpool_forward(x):
+    """Return the mean of every 2x2 window; an odd last row or column is dropped."""
+    y = empty((*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2, LANES), x.dtype)
+    avgpool_blocks(x, y)
+    return y
+
+
+@parallel_kernel
+def avgpool_blocks(x, y):
+    # x (n_blocks, C, H, W, LANES), y (n_blocks, C, H // 2, W // 2, LANES)
+    for b in prange(x.shape[0]):
+        for c in range(y.shape[1]):
+            for h in range(y.shape[2]):
+                for w in range(y.shape[3]):
+                    for lane in range(LANES):
+                        y[b, c, h, w, lane] = mean_of_four(
+                            x[b, c, 2 * h, 2 * w, lane], x[b, c, 2 * h, 2 * w + 1, lane],
+                            x[b, c, 2 * h + 1, 2 * w, lane], x[b, c, 2 * h + 1, 2 * w + 1, lane],
+                        )
+
+
+def avgpool_backward(x, dy):
+    """Return dx: each pixel of a window gets a quarter of its gradient."""
+    dx = empty(x.shape, x.dtype)
+    avgpool_gradient_blocks(dy, dx)
+    return dx
+
+
+@parallel_kernel
+def avgpool_gradient_blocks(dy, dx):
+    # dy (n_blocks, C, H // 2, W // 2, LANES), dx (n_blocks, C, H, W, LANES)
+    for b in prange(dx.shape[0]):
+        for c in range(dx.shape[1]):
+            for h in range(dx.shape[2]):
+                for w in range(dx.shape[3]):
+                    inside = h // 2 < dy.shape[2] and w // 2 < dy.shape[3]
+                    for lane in range(LANES):
+                        dx[b, c, h, w, lane] = quarter(dy[b, c, h // 2, w // 2, lane]) if inside else ZERO
+
+
+def globalmax_forward(x):
+    """Return the maximum of every channel's map."""
+    y = empty((*x.shape[:2], LANES), x.dtype)
+    globalmax_blocks(by_channel(x), y)
+    return y
+
+
+@parallel_kernel
+def globalmax_blocks(x, y):
+    # x (n_blocks, C, n_pixels, LANES), y (n_blocks, C, LANES)
+    for b in prange(x.shape[0]):
+        for c in range(x.shape[1]):
+            for lane in range(LANES):
+                y[b, c, lane] = x[b, c, 0, lane]
+            for p in range(1, x.shape[2]):
+                for lane in range(LANES):
+                    y[b, c, lane] = maximum(y[b, c, lane], x[b, c, p, lane])
+
+
+def globalmax_backward(x, y, dy):
+    """Return dx: the gradient goes to the first maximum in row-major order."""
+    dx = empty(x.shape, x.dtype)
+    rest = dy.copy()  # what is still to be handed out
+    globalmax_gradient_blocks(by_channel(x), y, rest, by_channel(dx))
+    return dx
+
+
+@parallel_kernel
+def globalmax_gradient_blocks(x, y, rest, dx):
+    # x, dx (n_blocks, C, n_pixels, LANES), y, rest (n_blocks, C, LANES)
+    for b in prange(x.shape[0]):
+        for c in range(x.shape[1]):
+            for p in range(x.shape[2]):
+                for lane in range(LANES):
+                    is_maximum = x[b, c, p, lane] == y[b, c, lane]
+                    dx[b, c, p, lane] = rest[b, c, lane] if is_maximum else ZERO
+                    rest[b, c, lane] = ZERO if is_maximum else rest[b, c, lane]
+
+
+def globalmean_forward(x):
+    """Return the mean of every channel's map."""
+    y = empty((*x.shape[:2], LANES), x.dtype)
+    globalmean_blocks(by_channel(x), y)
+    return y
+
+
+@parallel_kernel
+def globalmean_blocks(x, y):
+    # x (n_blocks, C, n_pixels, LANES), y (n_blocks, C, LANES)
+    for b in prange(x.shape[0]):
+        for c in range(x.shape[1]):
+            for lane in range(LANES):
+                y[b, c, lane] = ZERO
+            for p in range(x.shape[2]):
+                for lane in range(LANES):
+                    y[b, c, lane] += x[b, c, p, lane]
+            for lane in range(LANES):
+                y[b, c, lane] /= np.float32(x.shape[2])
+
+
+def globalmean_backward(x, dy):
+    """Return dx: every pixel gets the same share of the gradient."""
+    dx = empty(x.shape, x.dtype)
+    share = dy / dy.dtype.type(np.prod(x.shape[2:-1]))
+    by_channel(dx)[:] = share[:, :, None]
+    return dx
+
+
+def flatten_forward(x):
+    """Return (n_blocks, C, H, W, LANES) as (n_blocks, C * H * W, LANES)."""
+    return x.reshape(len(x), -1, LANES)
+
+
+def flatten_backward(x, dy):
+    """Return dy in the shape of x."""
+    return dy.reshape(x.shape)
+
+
+def cross_entropy(logits, labels):
+    """Return -log softmax(logits)[label] of every image."""
+    losses = np.empty(len(labels), logits.dtype)
+    cross_entropy_blocks(logits, labels, losses)
+    return losses
+
+
+@parallel_kernel
+def cross_entropy_blocks(logits, labels, losses):
+    # logits (n_blocks, n_classes, LANES), labels (N,), losses (N,)
+    for b in prange(logits.shape[0]):
+        for lane in range(min(LANES, len(labels) - b * LANES)):
+            n = b * LANES + lane
+            largest, total = softmax_sums(logits[b], lane)
+            losses[n] = image_loss(logits[b, labels[n], lane], largest, total)
+
+
+@kernel
+def softmax_sums(logits, lane):
+    # logits (n_classes, LANES) -> the largest of a lane, and the sum of exp(logit - largest)
+    largest = logits[0, lane]
+    for k in range(1, logits.shape[0]):
+        largest = maximum(largest, logits[k, lane])
+    total = logits.dtype.type(0)
+    for k in range(logits.shape[0]):
+        total += exp_difference(logits[k, lane], largest)
+    return largest, total
+
+
+def mean_loss(logits, labels):
+    """Return the mean cross-entropy: summed block by block, then over the blocks, in float64."""
+    losses = cross_entropy(logits, labels)
+    blocks = np.add.reduceat(losses, np.arange(0, len(losses), LANES), dtype=np.float64)
+    return float(blocks.sum()) / len(losses)
+
+
+def cross_entropy_backward(logits, labels):
+    """Return the gradient of the mean cross-entropy: (softmax - one-hot) / N, 0 in lanes without image."""
+    dlogits = empty(logits.shape, logits.dtype)
+    cross_entropy_gradient_blocks(logits, labels, dlogits)
+    return dlogits
+
+
+@parallel_kernel
+def cross_entropy_gradient_blocks(logits, labels, dlogits):
+    # logits, dlogits (n_blocks, n_classes, LANES), labels (N,)
+    for b in prange(logits.shape[0]):
+        for lane in range(LANES):
+            n = b * LANES + lane
+            largest, total = softmax_sums(logits[b], lane)
+            for k in range(logits.shape[1]):
+                target = np.float32(n < len(labels) and k == labels[n])
+                gradient = image_loss_gradient(
+                    logits[b, k, lane], largest, total, target, np.float32(len(labels)))
+                dlogits[b, k, lane] = gradient if n < len(labels) else ZERO

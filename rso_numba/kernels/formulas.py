@@ -1,0 +1,65 @@
+"""Scalar maths of the kernels, written once.
+
+Plain Python functions of single numbers: `cpu.py` compiles them for the CPU and `cuda.py` for the GPU.
+They follow the type of their arguments. A literal such as `0.25` is a float64 to Numba and would turn a
+float32 formula into a float64 one; constants are therefore float32, exact, and widen next to a float64.
+"""
+
+import math
+
+import numpy as np
+
+ZERO = np.float32(0)
+QUARTER = np.float32(0.25)
+
+
+def relu(x):
+    """Return max(x, 0). NaN stays NaN, so that a spoilt network shows in its loss."""
+    return ZERO if x <= ZERO else x
+
+
+def relu_gradient(y, dy):
+    """Return dy where the output y = relu(x) is positive, else 0."""
+    return dy if y > ZERO else ZERO
+
+
+def maximum(a, b):
+    """Return the larger number, the first if they are equal, NaN if one is NaN."""
+    return a if a >= b or a != a else b
+
+
+def mean_of_four(a, b, c, d):
+    """Return the mean of the pixels of a 2x2 window."""
+    return ((a + b) + (c + d)) * QUARTER
+
+
+def quarter(dy):
+    """Return the share of each pixel of a 2x2 window in the gradient of their mean."""
+    return dy * QUARTER
+
+
+def batchnorm_gradient(x, dy, mean, inverse_std, gamma, mean_dy, mean_dy_normalized):
+    """Return dx of y = gamma * (x - mean) * inverse_std + beta, where mean and inverse_std depend on x too.
+
+    `mean_dy` and `mean_dy_normalized` are the channel's means of dy and of dy * (x - mean) * inverse_std.
+    """
+    normalized = (x - mean) * inverse_std
+    return gamma * inverse_std * (dy - mean_dy - normalized * mean_dy_normalized)
+
+
+def exp_difference(logit, largest):
+    """Return exp(logit - largest), a softmax probability up to a factor.
+
+    `largest` is the largest logit of the image: subtracting it keeps exp from overflowing.
+    """
+    return math.exp(logit - largest)
+
+
+def cross_entropy(logit, largest, total):
+    """Return -log softmax of the label's logit; `total` is the sum of exp_difference over the classes."""
+    return math.log(total) - (logit - largest)
+
+
+def cross_entropy_gradient(logit, largest, total, target, n_images):
+    """Return d(mean cross-entropy)/d(logit); target is 1 for the label's logit and 0 for the others."""
+    return (math.exp(logit - largest) / total - target) / n_images

@@ -1,0 +1,131 @@
+"""One number for each of LANES images, held in a vector register.
+
+The compiler turns a simple loop over images into vector instructions by itself. It does not keep the sums
+of a convolution in registers across the loops over channels and taps, and that decides its speed. These five
+functions let a kernel say so: a value of type `Lanes` holds LANES numbers, and 16 float32 are one register of
+AVX-512 or two of AVX2. A position names all axes of an array but the last, which must have LANES elements.
+"""
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+LANES = 16
+
+
+class Lanes(types.Type):
+    """The Numba type of LANES numbers."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+        super().__init__(name=f"Lanes({dtype})")
+
+
+@register_model(Lanes)
+class LanesModel(models.PrimitiveModel):
+    """A Lanes is an LLVM vector."""
+
+    def __init__(self, manager, lanes):
+        super().__init__(manager, lanes, ir.VectorType(manager.lookup(lanes.dtype).get_value_type(), LANES))
+
+
+def _pointer(context, builder, array_type, array, position):
+    array = cgutils.create_struct_proxy(array_type)(context, builder, array)
+    indices = cgutils.unpack_tuple(builder, position) + [ir.Constant(ir.IntType(64), 0)]
+    pointer = cgutils.get_item_pointer(context, builder, array_type, array, indices)
+    return builder.bitcast(pointer, context.get_value_type(Lanes(array_type.dtype)).as_pointer())
+
+
+def _broadcast(builder, scalar, vector_type):
+    undefined = ir.Constant(vector_type, ir.Undefined)
+    vector = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
+    first = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    return builder.shuffle_vector(vector, undefined, first)
+
+
+@intrinsic
+def load(typing_context, array, position):
+    """Return array[position], LANES numbers."""
+
+    def generate(context, builder, signature, arguments):
+        value = builder.load(_pointer(context, builder, signature.args[0], *arguments))
+        value.align = array.dtype.bitwidth // 8  # fastest at multiples of 64 bytes, but correct anywhere
+        return value
+
+    return Lanes(array.dtype)(array, position), generate
+
+
+@intrinsic
+def store(typing_context, array, position, value):
+    """Write array[position] = value, LANES numbers."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = _pointer(context, builder, signature.args[0], *arguments[:2])
+        builder.store(arguments[2], pointer, align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(array, position, value), generate
+
+
+@intrinsic
+def fill(typing_context, number):
+    """Return LANES copies of a number."""
+
+    def generate(context, builder, signature, arguments):
+        return _broadcast(builder, arguments[0], context.get_value_type(signature.return_type))
+
+    return Lanes(number)(number), generate
+
+
+@intrinsic
+def multiply_add(typing_context, a, x, total):
+    """Return a * x + total in one instruction, where a is a number or a Lanes, and x and total are Lanes."""
+
+    def generate(context, builder, signature, arguments):
+        a_value, x_value, total_value = arguments
+        if not isinstance(a, Lanes):
+            a_value = _broadcast(builder, a_value, x_value.type)
+        product = builder.fmul(a_value, x_value, flags=("contract",))
+        return builder.fadd(product, total_value, flags=("contract",))
+
+    return total(a, x, total), generate
+
+
+@intrinsic
+def add_up(typing_context, value):
+    """Return the sum of the LANES numbers."""
+
+    def generate(context, builder, signature, arguments):
+        places = [ir.Constant(ir.IntType(32), lane) for lane in range(LANES)]
+        numbers = [builder.extract_element(arguments[0], place) for place in places]
+        while len(numbers) > 1:  # add neighbours, then the sums of neighbours: log2(LANES) steps
+            numbers = [builder.fadd(a, b) for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
+        return numbers[0]
+
+    return value.dtype(value), generate
+
+
+if numba.config.DISABLE_JIT:  # the same in plain Python, on arrays of LANES numbers
+
+    def load(array, position):  # noqa: F811
+        """Return array[position], LANES numbers."""
+        return array[position].copy()
+
+    def store(array, position, value):  # noqa: F811
+        """Write array[position] = value, LANES numbers."""
+        array[position] = value
+
+    def fill(number):  # noqa: F811
+        """Return LANES copies of a number."""
+        return np.full(LANES, number)
+
+    def multiply_add(a, x, total):  # noqa: F811
+        """Return a * x + total."""
+        return a * x + total
+
+    def add_up(value):  # noqa: F811
+        """Return the sum of the LANES numbers."""
+        return value.sum()

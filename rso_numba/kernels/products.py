@@ -1,0 +1,163 @@
+"""The kernels that multiply, convolution and dense layer: nearly all the time of a network is spent here.
+
+They work on packed images, (n_blocks, ..., LANES), as drawn in `cpu.py`. What makes them fast is a *tile*:
+a few outputs whose sums stay in registers until they are complete, so that each number fetched from memory
+serves several multiplications. A tile that hangs over the edge computes its last channel or pixel repeatedly.
+"""
+
+from numba import get_thread_id, prange
+
+from .compiling import formula, kernel, parallel_kernel
+from .lanes import LANES, add_up, fill, load, multiply_add, store
+
+
+@parallel_kernel
+def conv2d_blocks(x, weight, bias, y, padded):
+    # x (n_blocks, C_in, H, W, LANES), weight (C_out, C_in, k, k), bias (C_out,)
+    # y (n_blocks, C_out, H, W, LANES), padded (n_threads, C_in, H + k - 1, W + k - 1, LANES)
+    for b in prange(x.shape[0]):
+        conv2d_block(x[b], weight, bias, y[b], padded[get_thread_id()])
+
+
+@kernel
+def conv2d_block(x, weight, bias, y, padded):
+    # x (C_in, H, W, LANES), weight (C_out, C_in, k, k), bias (C_out,), y (C_out, H, W, LANES)
+    pad(x, padded)
+    for h in range(y.shape[1]):
+        for w in range(0, y.shape[2], 4):
+            for o in range(0, y.shape[0], 4):
+                conv2d_tile(padded, weight, bias, y, o, h, w)
+
+
+@kernel
+def pad(x, padded):
+    # x (C, H, W, LANES) -> padded (C, H + 2 * margin, W + 2 * margin, LANES) with a margin of zeros
+    margin = (padded.shape[1] - x.shape[1]) // 2
+    for c in range(padded.shape[0]):
+        for i in range(padded.shape[1]):
+            for j in range(padded.shape[2]):
+                h, w = i - margin, j - margin
+                inside = 0 <= h < x.shape[1] and 0 <= w < x.shape[2]
+                store(padded, (c, i, j), load(x, (c, h, w)) if inside else fill(x.dtype.type(0)))
+
+
+@kernel
+def conv2d_tile(padded, weight, bias, y, o, h, w):
+    # padded (C_in, H + k - 1, W + k - 1, LANES), weight (C_out, C_in, k, k), y (C_out, H, W, LANES)
+    # Output channels o to o + 3 of pixels (h, w) to (h, w + 3): 16 sums, so that 4 pixels and 4 weights
+    # fetched from memory serve 16 multiplications.
+    o1, o2, o3 = min(o + 1, y.shape[0] - 1), min(o + 2, y.shape[0] - 1), min(o + 3, y.shape[0] - 1)
+    w1, w2, w3 = min(w + 1, y.shape[2] - 1), min(w + 2, y.shape[2] - 1), min(w + 3, y.shape[2] - 1)
+    a0 = a1 = a2 = a3 = fill(bias[o])
+    b0 = b1 = b2 = b3 = fill(bias[o1])
+    c0 = c1 = c2 = c3 = fill(bias[o2])
+    d0 = d1 = d2 = d3 = fill(bias[o3])
+    for i in range(weight.shape[1]):
+        for kh in range(weight.shape[2]):
+            for kw in range(weight.shape[3]):
+                x0, x1 = load(padded, (i, h + kh, w + kw)), load(padded, (i, h + kh, w1 + kw))
+                x2, x3 = load(padded, (i, h + kh, w2 + kw)), load(padded, (i, h + kh, w3 + kw))
+                u = weight[o, i, kh, kw]
+                a0, a1 = multiply_add(u, x0, a0), multiply_add(u, x1, a1)
+                a2, a3 = multiply_add(u, x2, a2), multiply_add(u, x3, a3)
+                u = weight[o1, i, kh, kw]
+                b0, b1 = multiply_add(u, x0, b0), multiply_add(u, x1, b1)
+                b2, b3 = multiply_add(u, x2, b2), multiply_add(u, x3, b3)
+                u = weight[o2, i, kh, kw]
+                c0, c1 = multiply_add(u, x0, c0), multiply_add(u, x1, c1)
+                c2, c3 = multiply_add(u, x2, c2), multiply_add(u, x3, c3)
+                u = weight[o3, i, kh, kw]
+                d0, d1 = multiply_add(u, x0, d0), multiply_add(u, x1, d1)
+                d2, d3 = multiply_add(u, x2, d2), multiply_add(u, x3, d3)
+    store_row(y, o, h, w, w1, w2, w3, a0, a1, a2, a3)
+    store_row(y, o1, h, w, w1, w2, w3, b0, b1, b2, b3)
+    store_row(y, o2, h, w, w1, w2, w3, c0, c1, c2, c3)
+    store_row(y, o3, h, w, w1, w2, w3, d0, d1, d2, d3)
+
+
+@formula
+def store_row(y, o, h, w0, w1, w2, w3, v0, v1, v2, v3):
+    """Store four pixels of a row of channel o."""
+    store(y, (o, h, w0), v0)
+    store(y, (o, h, w1), v1)
+    store(y, (o, h, w2), v2)
+    store(y, (o, h, w3), v3)
+
+
+@parallel_kernel
+def conv2d_weight_blocks(x, dy, dweight, padded):
+    # x (n_blocks, C_in, H, W, LANES), dy (n_blocks, C_out, H, W, LANES)
+    # dweight (n_blocks, C_out, C_in, k, k), padded (n_threads, C_in, H + k - 1, W + k - 1, LANES)
+    for b in prange(x.shape[0]):
+        conv2d_weight_block(x[b], dy[b], dweight[b], padded[get_thread_id()])
+
+
+@kernel
+def conv2d_weight_block(x, dy, dweight, padded):
+    # x (C_in, H, W, LANES), dy (C_out, H, W, LANES), dweight (C_out, C_in, k, k)
+    pad(x, padded)
+    for o in range(0, dweight.shape[0], 4):
+        for i in range(0, dweight.shape[1], 2):
+            for kh in range(dweight.shape[2]):
+                for kw in range(dweight.shape[3]):
+                    conv2d_weight_tile(padded, dy, dweight, o, i, kh, kw)
+
+
+@kernel
+def conv2d_weight_tile(padded, dy, dweight, o, i, kh, kw):
+    # padded (C_in, H + k - 1, W + k - 1, LANES), dy (C_out, H, W, LANES), dweight (C_out, C_in, k, k)
+    # One tap of 4 output and 2 input channels: 8 sums.
+    o1, o2, o3 = min(o + 1, dy.shape[0] - 1), min(o + 2, dy.shape[0] - 1), min(o + 3, dy.shape[0] - 1)
+    i1 = min(i + 1, padded.shape[0] - 1)
+    a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = fill(padded.dtype.type(0))
+    for h in range(dy.shape[1]):
+        for w in range(dy.shape[2]):
+            x0, x1 = load(padded, (i, h + kh, w + kw)), load(padded, (i1, h + kh, w + kw))
+            g = load(dy, (o, h, w))
+            a0, a1 = multiply_add(g, x0, a0), multiply_add(g, x1, a1)
+            g = load(dy, (o1, h, w))
+            b0, b1 = multiply_add(g, x0, b0), multiply_add(g, x1, b1)
+            g = load(dy, (o2, h, w))
+            c0, c1 = multiply_add(g, x0, c0), multiply_add(g, x1, c1)
+            g = load(dy, (o3, h, w))
+            d0, d1 = multiply_add(g, x0, d0), multiply_add(g, x1, d1)
+    dweight[o, i, kh, kw], dweight[o, i1, kh, kw] = add_up(a0), add_up(a1)
+    dweight[o1, i, kh, kw], dweight[o1, i1, kh, kw] = add_up(b0), add_up(b1)
+    dweight[o2, i, kh, kw], dweight[o2, i1, kh, kw] = add_up(c0), add_up(c1)
+    dweight[o3, i, kh, kw], dweight[o3, i1, kh, kw] = add_up(d0), add_up(d1)
+
+
+@parallel_kernel
+def dense_blocks(x, weight, bias, y):
+    # x (n_blocks, n_in, LANES), weight (n_out, n_in), bias (n_out,), y (n_blocks, n_out, LANES)
+    for b in prange(x.shape[0]):
+        for o in range(0, weight.shape[0], 4):
+            dense_tile(x[b], weight, bias, y[b], o)
+
+
+@kernel
+def dense_tile(x, weight, bias, y, o):
+    # x (n_in, LANES), weight (n_out, n_in), bias (n_out,), y (n_out, LANES): outputs o to o + 3
+    o1, o2, o3 = min(o + 1, y.shape[0] - 1), min(o + 2, y.shape[0] - 1), min(o + 3, y.shape[0] - 1)
+    a, b, c, d = fill(bias[o]), fill(bias[o1]), fill(bias[o2]), fill(bias[o3])
+    for i in range(weight.shape[1]):
+        x0 = load(x, (i,))
+        a, b = multiply_add(weight[o, i], x0, a), multiply_add(weight[o1, i], x0, b)
+        c, d = multiply_add(weight[o2, i], x0, c), multiply_add(weight[o3, i], x0, d)
+    store(y, (o,), a)
+    store(y, (o1,), b)
+    store(y, (o2,), c)
+    store(y, (o3,), d)
+
+
+@parallel_kernel
+def dense_weight_blocks(rows, dy, dweight):
+    # rows (n_blocks, LANES, n_in), dy (n_blocks, n_out, LANES), dweight (n_blocks, n_out, n_in)
+    # Unpacked, the features of an image lie side by side, and the inner loop runs over them.
+    for b in prange(rows.shape[0]):
+        for o in range(dy.shape[1]):
+            for i in range(rows.shape[2]):
+                dweight[b, o, i] = dy[b, o, 0] * rows[b, 0, i]
+            for lane in range(1, LANES):
+                for i in range(rows.shape[2]):
+                    dweight[b, o, i] += dy[b, o, lane] * rows[b, lane, i]

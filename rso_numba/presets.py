@@ -1,0 +1,142 @@
+"""The three presets of RSO: the paper's Algorithm 1, its authors' code, the course notebook.
+
+They run the same loop (`rso.py`) and differ only in the settings below. Each field is an
+argument of `rso.trials` and `rso.train`: a preset fills it in, a caller may override it.
+
+Sources: *paper* is Tripathi & Singh, arXiv 2005.05955, Algorithm 1; *authors* is the MXNet code
+that they released; *notebook* is Heesoo Song's Julia project for the course "Selected Topics in
+Mathematical Optimization", as it ran.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+EVERYTHING = ("weight", "bias", "gamma", "beta")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings of one RSO run.
+
+    Parameters
+    ----------
+    scaling : {"standardize", "center", "none"}
+        What the network's first layer does to images in [0, 1]: (x - mean) / std of the training
+        set, x - mean, or nothing. Used by `models.build`.
+    init : {"he", "glorot"}
+        Initial weights: N(0, sqrt(2 / fan_in)), or uniform in +-sqrt(6 / (fan_in + fan_out)).
+        Biases and beta are 0, gamma is 1. Used by `models.build`.
+    sigma : {"layer_std", "fan_in", "pooled"} or float
+        Standard deviation of the step of each layer, sigma_d: the standard deviation of all its
+        weights at the start; sqrt(2 / fan_in), and 0.167 for gamma and beta; the standard
+        deviation of freshly drawn N(0, sqrt(2 / size)) for every tensor of layers 1..d; or one
+        number for every layer.
+    annealing : {None, "to_tenth", "authors"}
+        Factor on sigma in round e = 0..C-1: 1; linear from 1 to 0.1 in the last round (the paper's
+        text); 0.1 + 0.9 (C - e) / C (the authors' code).
+    weight_decay : float
+        w <- w (1 - weight_decay) at each visit, before the three losses.
+    batches : {"fresh", "slices", "partition"}
+        A fresh random sample for every weight; consecutive slices of a shuffled set, cycled,
+        reshuffled at each layer; a fixed partition of the set of which one is drawn, with
+        replacement, for every weight.
+    order : {"last_first", "blocks", "column_major", "first_last"}
+        Order of the visits, see `visits.visiting_order`.
+    trained : tuple of str
+        Names of the parameters that are searched.
+    test_statistics : {"first_2000", "running"}
+        Statistics that BatchNorm uses outside the search: those of the first 2000 training images,
+        computed anew before each evaluation, or an exponential average over the mini-batches.
+    step : {"gaussian", "uniform", "fixed"}
+        Distribution of Delta; each has standard deviation sigma_d.
+    unit : {"weight", "filter", "layer", "network"}
+        What one trial changes at once.
+    """
+
+    scaling: str = "standardize"
+    init: str = "he"
+    sigma: str | float = "layer_std"
+    annealing: str | None = None
+    weight_decay: float = 0.0
+    batches: str = "fresh"
+    order: str = "last_first"
+    trained: tuple = EVERYTHING
+    test_statistics: str = "first_2000"
+    step: str = "gaussian"
+    unit: str = "weight"
+
+
+PRESETS = {
+    "paper": Preset(),
+    "authors": Preset(
+        scaling="center",
+        sigma="fan_in",
+        annealing="authors",
+        weight_decay=1e-4,
+        batches="slices",
+        order="blocks",
+        trained=("weight", "gamma", "beta"),
+    ),
+    "notebook": Preset(
+        scaling="none",
+        init="glorot",
+        sigma="pooled",
+        batches="partition",
+        order="column_major",
+        test_statistics="running",
+    ),
+}
+
+CHOICES = {
+    "scaling": ("standardize", "center", "none"),
+    "init": ("he", "glorot"),
+    "sigma": ("layer_std", "fan_in", "pooled"),
+    "annealing": (None, "to_tenth", "authors"),
+    "batches": ("fresh", "slices", "partition"),
+    "order": ("last_first", "blocks", "column_major", "first_last"),
+    "test_statistics": ("first_2000", "running"),
+    "step": ("gaussian", "uniform", "fixed"),
+    "unit": ("weight", "filter", "layer", "network"),
+}
+
+
+def resolve(preset="paper", **overrides):
+    """Return the settings of `preset` with `overrides` in place.
+
+    Parameters
+    ----------
+    preset : str or Preset
+        A name in `PRESETS`, or settings of your own.
+    **overrides
+        Fields of `Preset`.
+
+    Returns
+    -------
+    Preset
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the preset, a field or a value is unknown; the message lists the known ones.
+    """
+    if not isinstance(preset, Preset):
+        if preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset!r}; known presets: {', '.join(PRESETS)}")
+        preset = PRESETS[preset]
+    known = [field.name for field in fields(Preset)]
+    for name in overrides:
+        if name not in known:
+            raise TypeError(f"unknown setting {name!r}; known settings: {', '.join(known)}")
+    settings = replace(preset, **overrides)
+    for name, choices in CHOICES.items():
+        value = getattr(settings, name)
+        is_number = name == "sigma" and isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and not 0 < value < float("inf"):
+            raise ValueError(f"sigma is {value!r}; expected a positive number or one of {choices}")
+        if not is_number and value not in choices:
+            raise ValueError(f"{name} is {value!r}; expected one of {choices}")
+    if not 0 <= settings.weight_decay < 1:
+        raise ValueError(f"weight_decay is {settings.weight_decay!r}; expected 0 <= weight_decay < 1")
+    unknown = [name for name in settings.trained if name not in EVERYTHING]
+    if isinstance(settings.trained, str) or unknown or not settings.trained:
+        raise ValueError(f"trained is {settings.trained!r}; expected a tuple of names out of {EVERYTHING}")
+    return settings

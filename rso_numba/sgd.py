@@ -1,0 +1,132 @@
+"""Stochastic gradient descent, for comparison: backpropagation and the update of all weights."""
+
+from time import perf_counter
+
+import numpy as np
+from tqdm import tqdm
+
+from . import kernels
+from .datasets import check_images, check_labels
+from .history import History
+from .layers import Pass
+from .rso import RUNNING_MOMENTUM, check_training
+
+
+def gradients(network, images, labels, backend="cpu"):
+    """Return the gradient of the mean cross-entropy of a mini-batch.
+
+    Parameters
+    ----------
+    network : Network
+        BatchNorm uses the mini-batch's statistics.
+    images : ndarray (N, C, H, W), float32 in [0, 1]
+    labels : ndarray (N,), int
+    backend : {"cpu", "numpy"}
+
+    Returns
+    -------
+    list of ndarray
+        In the order of `network.parameters()`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If images or labels do not fit the network.
+    """
+    images = check_images(images, network.image_shape)
+    labels = check_labels(labels, network.n_classes, len(images))
+    return _gradients(network, images, labels, kernels.backend(backend), momentum=0.0)
+
+
+def _gradients(network, images, labels, k, momentum):
+    run = Pass(k, len(images), batch_statistics=True, momentum=momentum, saved={})
+    logits = network.propagate(k.pack(images), run)
+    network.backpropagate(k.cross_entropy_backward(logits, labels), run)
+    return [run.gradients[p.layer, p.name] for p in network.parameters()]
+
+
+def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=0.0, *,
+          weight_decay=0.0, validation_fraction=0.0, backend="cpu", rng=None, progress=False,
+          history=None):
+    """Train `network` by stochastic gradient descent and return what happened, epoch by epoch.
+
+    The defaults are the notebook's. One step is v <- momentum v + gradient + weight_decay w,
+    w <- w - learning_rate v.
+
+    Parameters
+    ----------
+    network : Network
+        Changed in place. Its input scaling is fitted to the training images if it is not yet.
+    data : Dataset
+    epochs : int
+        Passes over the training set, shuffled anew each time.
+    batch_size : int
+        The last mini-batch of an epoch may be shorter.
+    learning_rate : float
+    momentum, weight_decay : float
+    validation_fraction : float
+        If positive, this fraction of the training set is not trained on, and the network ends
+        with a copy of the weights that had the smallest loss on it (never on the test set).
+    backend : {"cpu", "numpy"}
+    rng : None, int or Generator
+    progress : bool
+        Show a progress bar with the time left.
+    history : History or None
+        See `rso.train`.
+
+    Returns
+    -------
+    History
+        Row 0 is the network before training.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is out of range or does not fit the data.
+    """
+    check_training(network, data, epochs, batch_size, "epochs")
+    for name, value, low, high in (
+        ("learning_rate", learning_rate, 0, np.inf),
+        ("momentum", momentum, 0, 1),
+        ("weight_decay", weight_decay, 0, 1),
+        ("validation_fraction", validation_fraction, 0, 1),
+    ):
+        if not low <= value < high:
+            raise ValueError(f"{name} is {value!r}; expected {low} <= {name} < {high}")
+    rng, k = np.random.default_rng(rng), kernels.backend(backend)
+    network.fit_scaling(data.train_images)
+    order = rng.permutation(len(data.train_images))
+    n_validation = round(validation_fraction * len(order))
+    held_out, order = order[:n_validation], order[n_validation:]
+    if batch_size > len(order):
+        raise ValueError(f"batch_size is {batch_size}; {len(order)} images are left to train on")
+    history = History("sgd") if history is None else history
+    history.end_round(network, data, backend)
+    velocity = np.zeros_like(network.weights)
+    best_loss, best_state = np.inf, None
+    steps = -(-len(order) // batch_size)
+    with tqdm(total=epochs * steps, unit="step", desc="SGD", disable=not progress) as bar:
+        for _ in range(epochs):
+            begin = perf_counter()
+            order = rng.permutation(order)
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                images, labels = data.train_images[chosen], data.train_labels[chosen]
+                gradient = _gradients(network, images, labels, k, RUNNING_MOMENTUM)
+                velocity *= np.float32(momentum)
+                velocity += np.concatenate([g.ravel() for g in gradient])
+                velocity += np.float32(weight_decay) * network.weights
+                network.weights -= np.float32(learning_rate) * velocity
+                history.add_step(len(images), network.n_weights)
+                bar.update()
+            history.seconds += perf_counter() - begin
+            history.end_round(network, data, backend)
+            bar.set_postfix_str(f"test accuracy {history.rounds[-1].test_accuracy:.3f}")
+            if n_validation:
+                loss, _ = network.evaluate(data.train_images[held_out], data.train_labels[held_out], backend)
+                if loss < best_loss:
+                    best_loss = loss
+                    best_state = {name: array.copy() for name, array in network.state().items()}
+    if best_state is not None:
+        network.set_state(best_state)
+    return history

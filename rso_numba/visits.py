@@ -1,0 +1,163 @@
+"""Which weights one round visits, in which order, and how large a step each may take."""
+
+import numpy as np
+
+from .layers import BatchNorm
+from .models import Parameter
+
+GAMMA_BETA_SIGMA = 0.167  # the authors' step for every gamma and beta
+
+
+def visits(network, settings, rng):
+    """Return the visits of one round, a list of (parameter, indices, sigma).
+
+    Parameters
+    ----------
+    network : Network
+    settings : Preset
+    rng : Generator
+        Drawn from by `sigma="pooled"` only.
+
+    Returns
+    -------
+    list of (Parameter, sequence of index, float or ndarray)
+        `parameter.value[index]` is what one trial changes, `sigma` the standard deviation of its
+        step. With `unit="layer"` and `"network"` the parameter is the network's whole vector of
+        weights and the index an array of positions in it.
+    """
+    sigma = sigmas(network, settings.sigma, rng)
+    order = visiting_order(network, settings.order, settings.trained)
+    if settings.unit == "weight":
+        return [(p, weight_indices(p, settings.order), sigma[str(p)]) for p in order]
+    if settings.unit == "filter":
+        return [(p, range(len(p.value)), sigma[str(p)]) for p in order]
+    if settings.unit == "layer":
+        layers = dict.fromkeys(p.layer for p in order)
+        groups = {layer: [p for p in order if p.layer == layer] for layer in layers}
+    else:
+        groups = {"network": order}
+    positions = {}
+    for parameter in network.parameters():
+        start = sum(map(len, positions.values()))
+        positions[str(parameter)] = np.arange(start, start + parameter.value.size)
+    return [
+        (
+            Parameter(name, "weights", network.weights),
+            [np.concatenate([positions[str(p)] for p in group])],
+            np.concatenate([np.full(p.value.size, sigma[str(p)]) for p in group]),
+        )
+        for name, group in groups.items()
+    ]
+
+
+def visiting_order(network, order, trained):
+    """Return the trained parameters in the order of their visits.
+
+    Parameters
+    ----------
+    network : Network
+    order : str
+        "last_first" (Algorithm 1): layers D..1, the parameters of a layer as it declares them.
+        "blocks" (authors): the same with each convolution and its BatchNorm taken as one layer,
+        its weights first, then beta, then gamma.
+        "column_major" (notebook): layers D..1, beta before gamma.
+        "first_last": layers 1..D.
+    trained : tuple of str
+        Names of the parameters to visit.
+
+    Returns
+    -------
+    list of Parameter
+    """
+    layers = {leaf.name: [] for leaf in network.leaves}
+    mixing = None
+    for leaf in network.leaves:
+        own = [p for p in network.parameters() if p.layer == leaf.name and p.name in trained]
+        if isinstance(leaf, BatchNorm) and order in ("blocks", "column_major"):
+            own = own[::-1]  # gamma, beta are declared; beta, gamma are visited
+        if leaf.mixes_channels:
+            mixing = leaf.name
+        belongs_to_block = isinstance(leaf, BatchNorm) and order == "blocks" and mixing
+        layers[mixing if belongs_to_block else leaf.name] += own
+    groups = list(layers.values())
+    if order != "first_last":
+        groups.reverse()
+    return [parameter for group in groups for parameter in group]
+
+
+def weight_indices(parameter, order):
+    """Return the indices of all weights of `parameter`, in the order of their visits.
+
+    The notebook walks Julia's memory, column by column. A Flux convolution is stored
+    (kW, kH, C_in, C_out) there, so column-major order is row-major order of our
+    (C_out, C_in, kH, kW); a Flux dense layer is stored (n_out, n_in) as here, so its n_out weights
+    of one input come first.
+    """
+    shape = parameter.value.shape
+    indices = list(np.ndindex(shape))
+    if order == "column_major" and len(shape) == 2:
+        indices.sort(key=lambda index: index[::-1])
+    return indices
+
+
+def sigmas(network, rule, rng):
+    """Return sigma_d of every parameter, a dict by `str(parameter)`.
+
+    Parameters
+    ----------
+    network : Network
+        With its initial weights.
+    rule : str or float
+        See `Preset.sigma`.
+    rng : Generator
+        Drawn from by "pooled" only.
+
+    Raises
+    ------
+    ValueError
+        If a layer would get sigma = 0, so that no step could ever change it.
+    """
+    sigma, pool = {}, np.empty(0)
+    for leaf in network.leaves:
+        parameters = [p for p in network.parameters() if p.layer == leaf.name]
+        if not parameters:
+            continue
+        if rule == "pooled":
+            # the notebook draws Gaussians for its model, which never get there, and measures them
+            drawn = [rng.normal(0, np.sqrt(2 / p.value.size), p.value.size) for p in parameters]
+            pool = np.concatenate([pool, *drawn])
+        for p in parameters:
+            if rule == "layer_std":
+                sigma[str(p)] = float(np.concatenate([q.value.ravel() for q in parameters]).std())
+            elif rule == "fan_in":
+                he = float(np.sqrt(2 / max(q.fan_in for q in parameters)))
+                sigma[str(p)] = GAMMA_BETA_SIGMA if isinstance(leaf, BatchNorm) else he
+            elif rule == "pooled":
+                sigma[str(p)] = float(pool.std(ddof=1))  # as Julia's std
+            else:
+                sigma[str(p)] = float(rule)
+            if not sigma[str(p)] > 0:
+                raise ValueError(
+                    f"sigma of layer {p.layer} is {sigma[str(p)]}, because all its weights are equal; "
+                    "give sigma as a number, or sigma='fan_in'"
+                )
+    return sigma
+
+
+def annealing_factor(annealing, e, rounds):
+    """Return the factor on sigma in round e = 0..rounds-1, see `Preset.annealing`."""
+    if annealing == "authors":
+        return 0.1 + 0.9 * (rounds - e) / rounds
+    if annealing == "to_tenth" and rounds > 1:
+        return 1 - 0.9 * e / (rounds - 1)
+    return 1.0
+
+
+def draw_step(rng, step, sigma, shape):
+    """Return Delta, of standard deviation `sigma`: a float, or an array of `shape`."""
+    size = shape or None
+    if step == "gaussian":
+        return sigma * rng.standard_normal(size)
+    if step == "uniform":
+        return sigma * np.sqrt(3) * rng.uniform(-1, 1, size)
+    return sigma * rng.choice((-1.0, 1.0), size)

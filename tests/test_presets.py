@@ -1,0 +1,266 @@
+"""Every row of the table of presets: what the paper, the authors and the notebook do differently."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from rso_numba import rso
+from rso_numba.batches import Fresh, Partition, Slices
+from rso_numba.kernels import plain
+from rso_numba.models import Network, build
+from rso_numba.presets import PRESETS, resolve
+from rso_numba.visits import annealing_factor, draw_step, sigmas, visiting_order, visits, weight_indices
+
+
+def some_trials(small, n=40, model="one_conv", **arguments):
+    preset = arguments.get("preset", "paper")
+    network = build(model, (1, 8, 8), rng=0, preset=preset)
+    arguments = {"rounds": 1, "batch_size": 20, "rng": 0, "backend": "numpy"} | arguments
+    return network, list(islice(rso.trials(network, small, **arguments), n))
+
+
+# input and initial weights: tests/test_models.py
+
+
+def test_sigma_paper_is_the_std_of_all_weights_of_the_layer():
+    network = build("one_conv", rng=0)
+    w, b, v, c = (p.value.ravel() for p in network.parameters())
+    sigma = sigmas(network, PRESETS["paper"].sigma, None)
+    assert sigma["conv1.weight"] == sigma["conv1.bias"] == pytest.approx(np.std([*w, *b]), rel=1e-5)
+    assert sigma["dense1.weight"] == sigma["dense1.bias"] == pytest.approx(np.std([*v, *c]), rel=1e-5)
+
+
+def test_sigma_authors_is_fan_in():
+    sigma = sigmas(build("paper_mnist", preset="authors"), PRESETS["authors"].sigma, None)
+    assert sigma["conv1.weight"] == pytest.approx(np.sqrt(2 / 9))
+    assert sigma["conv2.weight"] == pytest.approx(np.sqrt(2 / 144))
+    assert sigma["dense1.weight"] == pytest.approx(np.sqrt(2 / 16))
+    assert {sigma[f"batchnorm{i}.{name}"] for i in range(1, 7) for name in ("gamma", "beta")} == {0.167}
+
+
+def test_sigma_notebook_pools_the_layers_from_the_first():
+    sigma = sigmas(build("two_conv"), PRESETS["notebook"].sigma, np.random.default_rng(5))
+    rng, pool, expected = np.random.default_rng(5), [], []
+    for tensors in ((144, 16), (2304, 16), (7840, 10)):
+        for size in tensors:
+            pool += list(rng.normal(0, np.sqrt(2 / size), size))
+        expected.append(np.std(pool, ddof=1))
+    names = [str(p) for p in build("two_conv").parameters()]
+    np.testing.assert_allclose([sigma[name] for name in names], np.repeat(expected, 2))
+
+
+def test_steps_have_standard_deviation_sigma(rng):
+    for step in ("gaussian", "uniform", "fixed"):
+        drawn = draw_step(rng, step, 0.3, (100_000,))
+        assert drawn.std() == pytest.approx(0.3, rel=0.01)
+        assert drawn.mean() == pytest.approx(0, abs=0.005)
+        assert np.ndim(draw_step(rng, step, 0.3, ())) == 0
+    assert np.abs(draw_step(rng, "uniform", 0.3, (1000,))).max() < 0.3 * np.sqrt(3)
+    assert set(np.abs(draw_step(rng, "fixed", 0.3, (1000,)))) == {0.3}
+
+
+def test_steps_of_the_loop_are_drawn_from_sigma(small):
+    _, trials = some_trials(small, n=None, sigma=0.25)
+    deltas = np.array([t.delta for t in trials])
+    assert deltas.std() == pytest.approx(0.25, rel=0.1)
+    assert len(set(deltas)) == len(deltas)
+
+
+def test_annealing():
+    assert [annealing_factor(PRESETS["paper"].annealing, e, 5) for e in range(5)] == [1] * 5
+    assert [annealing_factor(PRESETS["notebook"].annealing, e, 5) for e in range(5)] == [1] * 5
+    authors = [annealing_factor(PRESETS["authors"].annealing, e, 5) for e in range(5)]
+    np.testing.assert_allclose(authors, [1, 0.82, 0.64, 0.46, 0.28])
+    text = [annealing_factor("to_tenth", e, 4) for e in range(4)]
+    np.testing.assert_allclose(text, [1, 0.7, 0.4, 0.1])
+    assert annealing_factor("to_tenth", 0, 1) == 1
+
+
+def test_annealing_reaches_the_steps(small):
+    network, trials = some_trials(small, n=None, rounds=4, annealing="to_tenth", step="fixed", sigma=0.5)
+    steps = {r: {round(abs(float(t.delta)), 6) for t in trials if t.round == r} for r in (1, 2, 3, 4)}
+    assert steps == {1: {0.5}, 2: {0.35}, 3: {0.2}, 4: {0.05}}
+
+
+def test_weight_decay_comes_before_the_three_losses(small):
+    assert [p.weight_decay for p in PRESETS.values()] == [0, 1e-4, 0]
+    network, trials = some_trials(small, n=200, weight_decay=0.01, batch_size=70)
+    kept = [t for t in trials if t.choice == "keep"]
+    assert kept
+    for t in trials:
+        w = np.float32(t.before) * np.float32(0.99)
+        assert t.after == {"keep": w, "plus": w + t.delta, "minus": w - t.delta}[t.choice]
+
+
+def test_weight_decay_of_gamma_and_beta(small):
+    _, trials = some_trials(small, n=None, model="paper_mnist", preset="authors", trained=("gamma", "beta"))
+    gamma = [t for t in trials if t.parameter == "gamma" and t.choice == "keep"]
+    assert gamma
+    assert all(t.after == np.float32(t.before) * np.float32(1 - 1e-4) for t in gamma)
+
+
+def _indices(policy, data):
+    # which training images the next batch holds, by their position in the set
+    images, labels = policy.draw()
+    found = [int(np.flatnonzero((data.train_images == image).all(axis=(1, 2, 3)))[0]) for image in images]
+    np.testing.assert_array_equal(labels, data.train_labels[found])
+    return found
+
+
+def test_batches_paper_are_fresh_samples(small, rng):
+    policy = Fresh(small, 30, rng)
+    first, second = _indices(policy, small), _indices(policy, small)
+    assert len(set(first)) == len(set(second)) == 30
+    assert set(first) != set(second)
+
+
+def test_batches_authors_are_slices_of_a_shuffled_set(small, rng):
+    weight, _, beta, gamma = build("original", (1, 8, 8)).parameters()[:4]
+    policy = Slices(small, 20, rng)  # 70 images: three slices, ten images wait
+    policy.begin(weight)
+    first = [_indices(policy, small) for _ in range(4)]
+    assert first[0] == first[3]
+    assert len(set(sum(first[:3], []))) == 60
+    policy.begin(beta)  # the same order from its start
+    assert [_indices(policy, small) for _ in range(2)] == first[:2]
+    policy.begin(weight)
+    assert [_indices(policy, small) for _ in range(3)] != first[:3]
+
+
+def test_batches_notebook_are_a_fixed_partition(small, rng):
+    policy = Partition(small, 20, rng)
+    drawn = [tuple(_indices(policy, small)) for _ in range(60)]
+    parts = set(drawn)
+    assert sorted(map(len, parts)) == [10, 20, 20, 20]
+    assert sorted(sum(parts, ())) == list(range(70))
+    assert any(a == b for a, b in zip(drawn, drawn[1:], strict=False))  # with replacement
+
+
+def test_presets_use_their_batches(small, monkeypatch):
+    for preset, policy in (("paper", Fresh), ("authors", Slices), ("notebook", Partition)):
+        begun = []
+        monkeypatch.setattr(policy, "begin", lambda self, p, begun=begun, begin=policy.begin:
+                            (begun.append(str(p)), begin(self, p)))
+        some_trials(small, n=None, preset=preset, model="one_conv")
+        assert begun[0] == "dense1.weight"
+        assert begun[-1] == ("conv1.weight" if preset == "authors" else "conv1.bias")
+
+
+def test_order_paper_is_last_layer_first():
+    order = visiting_order(build("original"), "last_first", PRESETS["paper"].trained)
+    assert [str(p) for p in order][:6] == [
+        "dense1.weight", "dense1.bias", "batchnorm6.gamma", "batchnorm6.beta", "conv6.weight", "conv6.bias"]
+    assert weight_indices(order[0], "last_first")[:3] == [(0, 0), (0, 1), (0, 2)]
+    first = weight_indices(order[4], "last_first")[:4]
+    assert first == [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 0, 2), (0, 0, 1, 0)]
+
+
+def test_order_authors_is_dense_then_weights_beta_gamma_of_each_convolution():
+    settings = PRESETS["authors"]
+    network = build("paper_mnist")
+    order = [str(p) for p in visiting_order(network, settings.order, settings.trained)]
+    assert order == ["dense1.weight"] + [
+        name for i in (6, 5, 4, 3, 2, 1)
+        for name in (f"conv{i}.weight", f"batchnorm{i}.beta", f"batchnorm{i}.gamma")]
+    conv6 = network.parameters()[-4]
+    indices = weight_indices(conv6, settings.order)
+    assert str(conv6) == "conv6.weight"
+    assert indices == sorted(indices)  # output channel, input channel, row, column
+
+
+def test_order_notebook_is_julias_memory():
+    settings, network = PRESETS["notebook"], build("original")
+    order = visiting_order(network, settings.order, settings.trained)
+    assert [str(p) for p in order][:6] == [
+        "dense1.weight", "dense1.bias", "batchnorm6.beta", "batchnorm6.gamma", "conv6.weight", "conv6.bias"]
+    assert weight_indices(order[0], settings.order)[:2] == [(0, 0), (1, 0)]
+    assert weight_indices(order[0], settings.order)[10] == (0, 1)
+    assert weight_indices(order[4], settings.order)[:2] == [(0, 0, 0, 0), (0, 0, 0, 1)]  # Julia: kW is first
+
+
+def test_order_first_last_is_the_networks():
+    network = build("original")
+    assert visiting_order(network, "first_last", PRESETS["paper"].trained) == network.parameters()
+
+
+def test_trained_parameters():
+    for preset, n_trained in (("paper", 7890), ("notebook", 7890), ("authors", 7890 - 4 - 10)):
+        settings = PRESETS[preset]
+        parts = visits(build("one_conv", rng=0), settings, np.random.default_rng(0))
+        assert sum(len(indices) for _, indices, _ in parts) == n_trained
+    settings = PRESETS["authors"]
+    parts = visits(build("paper_mnist", rng=0), settings, None)
+    assert sum(len(indices) for _, indices, _ in parts) == 12016
+
+
+def test_a_tie_keeps_the_weight(small):
+    network = build("one_conv", (1, 8, 8), rng=0)
+    network.parameters()[2].value[:] = 0  # a dead dense layer: no convolution weight matters
+    trials = list(rso.trials(network, small, rounds=1, batch_size=20, trained=("weight",), sigma=0.1,
+                             order="first_last", rng=0, backend="numpy"))
+    for trial in trials[:36]:
+        assert trial.layer == "conv1"
+        assert len(set(trial.losses)) == 1
+        assert trial.choice == "keep"
+
+
+def test_losses_use_the_statistics_of_the_mini_batch(small):
+    network = build("paper_mnist", (1, 8, 8), rng=0)
+    for leaf in network.leaves:
+        if leaf.name.startswith("batchnorm"):
+            leaf.running_mean += 1e6
+    trial = next(rso.trials(network, small, rounds=1, batch_size=20, rng=0, backend="numpy"))
+    assert max(trial.losses) < 1e3
+
+
+def test_test_statistics_notebook_are_a_running_average(small, monkeypatch):
+    network = build("original", (1, 8, 8), rng=0, preset="notebook")
+    norm = network.layers[2]
+    images = []
+    draw = Partition.draw
+    monkeypatch.setattr(Partition, "draw", lambda self: images.append(draw(self)) or images[-1])
+    stream = rso.trials(network, small, rounds=1, batch_size=20, rng=0, preset="notebook", backend="numpy")
+    expected = np.zeros(16)
+    for _ in range(5):
+        next(stream)
+        conv = network.layers[1]  # not visited yet: its output depends on the batch only
+        z = plain.conv2d_forward(images[-1][0], conv.weight, conv.bias)
+        expected += 0.1 * (z.mean(axis=(0, 2, 3)) - expected)
+    np.testing.assert_allclose(norm.running_mean, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset, calibrated", [("paper", True), ("authors", True), ("notebook", False)])
+def test_test_statistics_authors_are_those_of_the_first_2000(digits, preset, calibrated, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Network, "calibrate", lambda self, images, backend: seen.append(images))
+    monkeypatch.setattr(rso, "CALIBRATION_IMAGES", 100)
+    network = build("paper_mnist", (1, 8, 8), rng=0, preset=preset)
+    data = digits.subset(120, 10, rng=0)
+    rso.train(network, data, rounds=1, batch_size=10, rng=0, preset=preset, unit="layer", backend="numpy")
+    assert len(seen) == (2 if calibrated else 0)
+    assert all(len(images) == 100 for images in seen)
+
+
+@pytest.mark.parametrize("unit, n_trials", [
+    ("weight", 690), ("filter", 4 + 4 + 10 + 10), ("layer", 2), ("network", 1)])
+def test_units(small, unit, n_trials):
+    network, trials = some_trials(small, n=None, unit=unit, batch_size=70)
+    assert len(trials) == n_trials
+    assert sum(np.size(t.delta) for t in trials) == 690 == network.n_weights
+    names = {"layer": ["dense1", "conv1"], "network": ["network"]}.get(unit)
+    if names:
+        assert [t.layer for t in trials] == names
+        assert all(t.parameter == "weights" for t in trials)
+        np.testing.assert_array_equal(network.weights[trials[-1].index], trials[-1].after)
+
+
+def test_a_larger_unit_takes_each_weights_own_sigma():
+    network = build("one_conv", rng=0)
+    settings = resolve("authors", unit="network")
+    [(parameter, [positions], sigma)] = visits(network, settings, None)
+    own = sigmas(network, settings.sigma, None)
+    assert parameter.value is network.weights
+    assert sorted(positions) == [*range(36), *range(40, 7880)]  # no biases
+    np.testing.assert_array_equal(sigma[positions < 36], own["conv1.weight"])
+    np.testing.assert_array_equal(sigma[positions >= 40], own["dense1.weight"])

@@ -1,0 +1,143 @@
+"""Backpropagation against differences, and stochastic gradient descent."""
+
+import naive
+import numpy as np
+import pytest
+from test_models import naive_logits
+
+from rso_numba import models, sgd
+from rso_numba.layers import Standardize
+from rso_numba.models import Network, build
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_gradients_equal_central_differences_of_nested_loops(name, rng):
+    """Every layer kind of every model, in float64."""
+    layers = [Standardize(), *models.MODELS[name](3)]
+    network = Network(layers, (1, 4, 4), 3, dtype=np.float64)
+    network.initialize("he", rng)
+    network.weights += rng.normal(0, 0.1, network.n_weights)  # biases, gamma and beta, too
+    images, labels = rng.random((4, 1, 4, 4), np.float32), np.array([0, 1, 2, 1])
+    found = sgd.gradients(network, images, labels, backend="numpy")
+
+    def loss(_):
+        return naive.mean_loss(naive_logits(network, images, batch_statistics=True), labels)
+
+    for parameter, gradient in zip(network.parameters(), found, strict=True):
+        assert gradient.shape == parameter.value.shape
+        indices = list(np.ndindex(parameter.value.shape))
+        for i in rng.choice(len(indices), min(2, len(indices)), replace=False):
+            expected = naive.central_difference(loss, parameter.value, indices[i], step=1e-6)
+            assert gradient[indices[i]] == pytest.approx(expected, rel=1e-4, abs=1e-8), str(parameter)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("n", [1, 17])
+def test_backends_have_the_same_gradients(name, n, small):
+    network = build(name, (1, 8, 8), rng=3)
+    network.fit_scaling(small.train_images)
+    images, labels = small.train_images[:n], small.train_labels[:n]
+    if n == 1 and network.has_batchnorm:
+        pytest.skip("on one image the 2x2 maps of the last BatchNorm leave gradients of rounding size only")
+    cpu, numpy = (sgd.gradients(network, images, labels, backend) for backend in ("cpu", "numpy"))
+    for parameter, a, b in zip(network.parameters(), cpu, numpy, strict=True):
+        scale = np.abs(b).max() + 1e-3
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * scale, err_msg=str(parameter))
+
+
+def test_plain_step_is_gradient_descent(backend, small):
+    network, judge = build("one_conv", (1, 8, 8), rng=0), build("one_conv", (1, 8, 8), rng=0)
+    judge.fit_scaling(small.train_images)
+    gradient = sgd.gradients(judge, small.train_images, small.train_labels, backend)
+    history = sgd.train(network, small, epochs=1, batch_size=70, learning_rate=0.1, rng=0, backend=backend)
+    expected = judge.weights - np.float32(0.1) * np.concatenate([g.ravel() for g in gradient])
+    np.testing.assert_allclose(network.weights, expected, rtol=1e-4, atol=1e-6)
+    assert history.rounds[-1].images_forwarded == 70
+    assert history.rounds[-1].weights_visited == network.n_weights
+
+
+def test_momentum_and_weight_decay(small):
+    arguments = {"batch_size": 70, "learning_rate": 0.1, "rng": 0, "backend": "numpy"}
+    network, judge = build("one_conv", (1, 8, 8), rng=0), build("one_conv", (1, 8, 8), rng=0)
+    judge.fit_scaling(small.train_images)
+    sgd.train(network, small, epochs=3, momentum=0.9, weight_decay=0.01, **arguments)
+    velocity = 0
+    for _ in range(3):
+        gradient = sgd.gradients(judge, small.train_images, small.train_labels, "numpy")
+        velocity = 0.9 * velocity + np.concatenate([g.ravel() for g in gradient]) + 0.01 * judge.weights
+        judge.weights -= (0.1 * velocity).astype(np.float32)
+    np.testing.assert_allclose(network.weights, judge.weights, rtol=1e-3, atol=1e-5)
+
+
+def test_every_image_is_used_once_an_epoch(small, monkeypatch):
+    seen, gradients = [], sgd._gradients
+
+    def recording(network, images, *arguments):
+        seen.append(images)
+        return gradients(network, images, *arguments)
+
+    monkeypatch.setattr(sgd, "_gradients", recording)
+    sgd.train(build("one_conv", (1, 8, 8), rng=0), small, epochs=1, batch_size=32, rng=0, backend="numpy")
+    assert [len(images) for images in seen] == [32, 32, 6]
+    used = np.sort(np.concatenate(seen).reshape(70, -1), axis=0)
+    np.testing.assert_array_equal(used, np.sort(small.train_images.reshape(70, -1), axis=0))
+
+
+def test_training_learns_and_repeats(backend, digits):
+    results = []
+    for _ in range(2):
+        network = build("one_conv", (1, 8, 8), rng=0)
+        history = sgd.train(network, digits, epochs=3, learning_rate=0.1, rng=0, backend=backend)
+        results.append(network.weights.tobytes())
+    assert history.rounds[-1].test_accuracy > 0.85
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("name", ["original", "paper_mnist"])
+def test_batchnorm_networks_learn(small, name):
+    network = build(name, (1, 8, 8), rng=0)
+    history = sgd.train(network, small, epochs=15, batch_size=10, learning_rate=0.1, momentum=0.9, rng=0)
+    assert history.rounds[-1].train_accuracy > 0.5
+    assert network.layers[2].running_variance.min() != 1
+
+
+def test_validation_keeps_a_copy_of_the_best_weights(small, monkeypatch):
+    network = build("one_conv", (1, 8, 8), rng=0)
+    losses, states = iter([3.0, 1.0, 2.0, 4.0]), []
+    evaluate = Network.evaluate
+
+    def scripted(self, images, labels, backend):
+        if len(images) == 14:  # the validation split: a fifth of 70
+            states.append(self.weights.copy())
+            return next(losses), 0.0
+        return evaluate(self, images, labels, backend)
+
+    monkeypatch.setattr(Network, "evaluate", scripted)
+    history = sgd.train(network, small, 4, validation_fraction=0.2, learning_rate=0.1, rng=0, backend="numpy")
+    np.testing.assert_array_equal(network.weights, states[1])
+    assert (states[1] != states[3]).any()
+    assert history.rounds[-1].images_forwarded == 4 * 56
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"epochs": 0}, "epochs is 0"),
+    ({"batch_size": 71}, "batch_size is 71, larger than the training set of 70"),
+    ({"batch_size": 60, "validation_fraction": 0.5}, "batch_size is 60; 35 images are left"),
+    ({"learning_rate": -0.1}, "learning_rate is -0.1"),
+    ({"learning_rate": float("nan")}, "learning_rate is nan"),
+    ({"momentum": 1.0}, "momentum is 1.0; expected 0 <= momentum < 1"),
+    ({"weight_decay": -1}, "weight_decay is -1"),
+    ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
+    ({"backend": "gpu"}, "unknown backend 'gpu'"),
+])
+def test_bad_arguments(small, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sgd.train(build("one_conv", (1, 8, 8)), small, **arguments)
+
+
+def test_bad_batches(small):
+    network = build("one_conv", (1, 8, 8))
+    with pytest.raises(ValueError, match="value 11 at 0"):
+        sgd.gradients(network, small.train_images[:1], [11])
+    with pytest.raises(ValueError, match="shape"):
+        sgd.gradients(network, small.train_images[:2], [1])
