@@ -17,7 +17,7 @@ def test_gradients_equal_central_differences_of_nested_loops(name, rng):
     network = Network(layers, (1, 4, 4), 3, dtype=np.float64)
     network.initialize("he", rng)
     network.weights += rng.normal(0, 0.1, network.n_weights)  # biases, gamma and beta, too
-    images, labels = rng.random((4, 1, 4, 4), np.float32), np.array([0, 1, 2, 1])
+    images, labels = rng.random((3, 1, 4, 4), np.float32), np.array([0, 1, 2])
     found = sgd.gradients(network, images, labels, backend="numpy")
 
     def loss(_):
@@ -26,19 +26,17 @@ def test_gradients_equal_central_differences_of_nested_loops(name, rng):
     for parameter, gradient in zip(network.parameters(), found, strict=True):
         assert gradient.shape == parameter.value.shape
         indices = list(np.ndindex(parameter.value.shape))
-        for i in rng.choice(len(indices), min(2, len(indices)), replace=False):
-            expected = naive.central_difference(loss, parameter.value, indices[i], step=1e-6)
-            assert gradient[indices[i]] == pytest.approx(expected, rel=1e-4, abs=1e-8), str(parameter)
+        index = indices[rng.integers(len(indices))]
+        expected = naive.central_difference(loss, parameter.value, index, step=1e-6)
+        assert gradient[index] == pytest.approx(expected, rel=1e-4, abs=1e-8), str(parameter)
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-@pytest.mark.parametrize("n", [1, 17])
+@pytest.mark.parametrize("n", [3, 17])
 def test_backends_have_the_same_gradients(name, n, small):
     network = build(name, (1, 8, 8), rng=3)
     network.fit_scaling(small.train_images)
     images, labels = small.train_images[:n], small.train_labels[:n]
-    if n == 1 and network.has_batchnorm:
-        pytest.skip("on one image the 2x2 maps of the last BatchNorm leave gradients of rounding size only")
     cpu, numpy = (sgd.gradients(network, images, labels, backend) for backend in ("cpu", "numpy"))
     for parameter, a, b in zip(network.parameters(), cpu, numpy, strict=True):
         scale = np.abs(b).max() + 1e-3

@@ -28,10 +28,10 @@ from numba import get_num_threads, prange
 from . import formulas
 from .compiling import formula, kernel, parallel_kernel
 from .lanes import LANES
+from .memory import empty
 from .products import conv2d_blocks, conv2d_weight_blocks, dense_blocks, dense_weight_blocks
 
 ZERO = np.float32(0)
-ALIGNMENT = 64  # bytes in a cache line and in a register of AVX-512
 
 relu = formula(formulas.relu)
 relu_gradient = formula(formulas.relu_gradient)
@@ -42,15 +42,6 @@ batchnorm_gradient = formula(formulas.batchnorm_gradient)
 exp_difference = formula(formulas.exp_difference)
 image_loss = formula(formulas.cross_entropy)
 image_loss_gradient = formula(formulas.cross_entropy_gradient)
-
-
-def empty(shape, dtype):
-    """Return an uninitialized array that starts a cache line, so that no register straddles two."""
-    size = int(np.prod(shape))
-    itemsize = np.dtype(dtype).itemsize
-    raw = np.empty(size + ALIGNMENT // itemsize, dtype)
-    start = -(raw.ctypes.data // itemsize) % (ALIGNMENT // itemsize)
-    return raw[start : start + size].reshape(shape)
 
 
 def by_channel(x):
