@@ -1,0 +1,113 @@
+"""The kernels of the pooling layers, on packed images, (n_blocks, ..., LANES), as drawn in `cpu.py`."""
+
+import numpy as np
+from numba import prange
+
+from . import formulas
+from .compiling import formula, kernel, parallel_kernel
+from .lanes import LANES
+
+ZERO = np.float32(0)
+
+maximum = formula(formulas.maximum)
+mean_of_four = formula(formulas.mean_of_four)
+quarter = formula(formulas.quarter)
+
+
+@parallel_kernel
+def maxpool_blocks(x, y):
+    # x (n_blocks, C, H, W, LANES), y (n_blocks, C, H // 2, W // 2, LANES)
+    for b in prange(x.shape[0]):
+        for c in range(y.shape[1]):
+            for h in range(y.shape[2]):
+                for w in range(y.shape[3]):
+                    for lane in range(LANES):
+                        upper = maximum(x[b, c, 2 * h, 2 * w, lane], x[b, c, 2 * h, 2 * w + 1, lane])
+                        lower = maximum(x[b, c, 2 * h + 1, 2 * w, lane], x[b, c, 2 * h + 1, 2 * w + 1, lane])
+                        y[b, c, h, w, lane] = maximum(upper, lower)
+
+
+@parallel_kernel
+def maxpool_gradient_blocks(x, y, dy, dx):
+    # x, dx (n_blocks, C, H, W, LANES), y, dy (n_blocks, C, H // 2, W // 2, LANES)
+    for b in prange(x.shape[0]):
+        maxpool_gradient_block(x[b], y[b], dy[b], dx[b])
+
+
+@kernel
+def maxpool_gradient_block(x, y, dy, dx):
+    # x, dx (C, H, W, LANES), y, dy (C, H // 2, W // 2, LANES)
+    for c in range(y.shape[0]):
+        for h in range(y.shape[1]):
+            for w in range(y.shape[2]):
+                for lane in range(LANES):
+                    rest = dy[c, h, w, lane]
+                    for row in range(2 * h, 2 * h + 2):
+                        for column in range(2 * w, 2 * w + 2):
+                            is_maximum = x[c, row, column, lane] == y[c, h, w, lane]
+                            dx[c, row, column, lane] = rest if is_maximum else ZERO
+                            rest = ZERO if is_maximum else rest
+
+
+@parallel_kernel
+def avgpool_blocks(x, y):
+    # x (n_blocks, C, H, W, LANES), y (n_blocks, C, H // 2, W // 2, LANES)
+    for b in prange(x.shape[0]):
+        for c in range(y.shape[1]):
+            for h in range(y.shape[2]):
+                for w in range(y.shape[3]):
+                    for lane in range(LANES):
+                        y[b, c, h, w, lane] = mean_of_four(
+                            x[b, c, 2 * h, 2 * w, lane], x[b, c, 2 * h, 2 * w + 1, lane],
+                            x[b, c, 2 * h + 1, 2 * w, lane], x[b, c, 2 * h + 1, 2 * w + 1, lane],
+                        )
+
+
+@parallel_kernel
+def avgpool_gradient_blocks(dy, dx):
+    # dy (n_blocks, C, H // 2, W // 2, LANES), dx (n_blocks, C, H, W, LANES)
+    for b in prange(dx.shape[0]):
+        for c in range(dx.shape[1]):
+            for h in range(dx.shape[2]):
+                for w in range(dx.shape[3]):
+                    inside = h // 2 < dy.shape[2] and w // 2 < dy.shape[3]
+                    for lane in range(LANES):
+                        dx[b, c, h, w, lane] = quarter(dy[b, c, h // 2, w // 2, lane]) if inside else ZERO
+
+
+@parallel_kernel
+def globalmax_blocks(x, y):
+    # x (n_blocks, C, n_pixels, LANES), y (n_blocks, C, LANES)
+    for b in prange(x.shape[0]):
+        for c in range(x.shape[1]):
+            for lane in range(LANES):
+                y[b, c, lane] = x[b, c, 0, lane]
+            for p in range(1, x.shape[2]):
+                for lane in range(LANES):
+                    y[b, c, lane] = maximum(y[b, c, lane], x[b, c, p, lane])
+
+
+@parallel_kernel
+def globalmax_gradient_blocks(x, y, rest, dx):
+    # x, dx (n_blocks, C, n_pixels, LANES), y, rest (n_blocks, C, LANES)
+    for b in prange(x.shape[0]):
+        for c in range(x.shape[1]):
+            for p in range(x.shape[2]):
+                for lane in range(LANES):
+                    is_maximum = x[b, c, p, lane] == y[b, c, lane]
+                    dx[b, c, p, lane] = rest[b, c, lane] if is_maximum else ZERO
+                    rest[b, c, lane] = ZERO if is_maximum else rest[b, c, lane]
+
+
+@parallel_kernel
+def globalmean_blocks(x, y):
+    # x (n_blocks, C, n_pixels, LANES), y (n_blocks, C, LANES)
+    for b in prange(x.shape[0]):
+        for c in range(x.shape[1]):
+            for lane in range(LANES):
+                y[b, c, lane] = ZERO
+            for p in range(x.shape[2]):
+                for lane in range(LANES):
+                    y[b, c, lane] += x[b, c, p, lane]
+            for lane in range(LANES):
+                y[b, c, lane] /= np.float32(x.shape[2])
