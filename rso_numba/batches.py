@@ -1,4 +1,8 @@
-"""Where the mini-batch of a trial comes from: three policies, each with `begin` and `draw`."""
+"""Where the mini-batch of a trial comes from: three policies, each with `begin` and `draw`.
+
+`draw` returns images, labels and a key: the same key means the same images, so that an evaluator may
+use again what it computed for them; None means images that will not come again.
+"""
 
 
 class Fresh:
@@ -11,10 +15,10 @@ class Fresh:
         """Tell the policy that the visit of `parameter` begins."""
 
     def draw(self):
-        """Return images and labels of the next mini-batch."""
+        """Return images, labels and key of the next mini-batch."""
         images, labels = self.data.train_images, self.data.train_labels
         chosen = self.rng.choice(len(images), self.batch_size, replace=False, shuffle=False)
-        return images[chosen], labels[chosen]
+        return images[chosen], labels[chosen], None
 
 
 class Slices:
@@ -27,18 +31,19 @@ class Slices:
     def __init__(self, data, batch_size, rng):
         self.data, self.batch_size, self.rng = data, batch_size, rng
         self.n_slices = len(data.train_images) // batch_size
-        self.shuffled = None
+        self.n_shuffles = 0
 
     def begin(self, parameter):
-        if self.shuffled is None or parameter.name not in ("gamma", "beta"):
-            self.shuffled = self.rng.permutation(len(self.data.train_images))
+        if self.n_shuffles == 0 or parameter.name not in ("gamma", "beta"):
+            shuffled = self.rng.permutation(len(self.data.train_images))
+            self.images, self.labels = self.data.train_images[shuffled], self.data.train_labels[shuffled]
+            self.n_shuffles += 1
         self.next = 0
 
     def draw(self):
-        start = self.next * self.batch_size
+        start, key = self.next * self.batch_size, (self.n_shuffles, self.next)
         self.next = (self.next + 1) % self.n_slices
-        chosen = self.shuffled[start : start + self.batch_size]
-        return self.data.train_images[chosen], self.data.train_labels[chosen]
+        return self.images[start : start + self.batch_size], self.labels[start : start + self.batch_size], key
 
 
 class Partition:
@@ -58,7 +63,8 @@ class Partition:
         pass
 
     def draw(self):
-        return self.parts[self.rng.integers(len(self.parts))]
+        key = int(self.rng.integers(len(self.parts)))
+        return *self.parts[key], key
 
 
 POLICIES = {"fresh": Fresh, "slices": Slices, "partition": Partition}

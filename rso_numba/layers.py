@@ -28,6 +28,8 @@ class Pass:
     momentum : float
         How far BatchNorm moves its stored statistics to those of these images: 0 not at all,
         1 replaces them.
+    statistics : dict
+        Mean and variance that each BatchNorm used, by layer name, filled by forward.
     saved : dict or None
         Where layers keep what their backward needs; None in passes that have no backward.
     gradients : dict
@@ -38,6 +40,7 @@ class Pass:
     n_images: int
     batch_statistics: bool = False
     momentum: float = 0.0
+    statistics: dict = field(default_factory=dict)
     saved: dict | None = None
     gradients: dict = field(default_factory=dict)
 
@@ -75,6 +78,14 @@ class Layer:
 
     def allocate_buffers(self, shape):
         """Create the buffers, for inputs of `shape`."""
+
+    def forward_channels(self, x, run, channels):
+        """Return the output channels of a layer that does not mix channels, from the same inputs.
+
+        x holds some channels only, `channels` (a slice) says which; BatchNorm takes their statistics
+        from x.
+        """
+        return self.forward(x, run)
 
     def description(self):
         """Return the arguments that make this layer anew, as a dict that JSON can hold."""
@@ -144,6 +155,10 @@ class Conv2D(Layer):
         run.save(self, x)
         return run.kernels.conv2d_forward(x, self.weight, self.bias)
 
+    def response(self, dx, run, channels):
+        """Return how much the output changes if the input `channels` (a slice) change by dx."""
+        return run.kernels.conv2d_forward(dx, np.ascontiguousarray(self.weight[:, channels]), 0 * self.bias)
+
     def backward(self, dy, run):
         (x,) = run.saved[self.name]
         dx, dweight, dbias = run.kernels.conv2d_backward(x, self.weight, dy)
@@ -177,6 +192,10 @@ class Dense(Layer):
         run.save(self, x)
         return run.kernels.dense_forward(x, self.weight, self.bias)
 
+    def response(self, dx, run, channels):
+        """Return how much the output changes if the inputs `channels` (a slice) change by dx."""
+        return run.kernels.dense_forward(dx, np.ascontiguousarray(self.weight[:, channels]), 0 * self.bias)
+
     def backward(self, dy, run):
         (x,) = run.saved[self.name]
         dx, dweight, dbias = run.kernels.dense_backward(x, self.weight, dy)
@@ -209,11 +228,25 @@ class BatchNorm(Layer):
         mean, variance = self.running_mean, self.running_variance
         if run.batch_statistics:
             mean, variance = run.kernels.batchnorm_statistics(x, run.n_images)
-            self.running_mean += run.momentum * (mean - self.running_mean)
-            self.running_variance += run.momentum * (variance - self.running_variance)
+            self.follow(mean, variance, run.momentum)
+        run.statistics[self.name] = mean, variance
         run.save(self, x, mean, variance)
-        scale = (self.gamma / np.sqrt(variance + self.epsilon)).astype(self.gamma.dtype)
-        return run.kernels.scale_shift(x, scale, self.beta - mean * scale)
+        return run.kernels.scale_shift(x, *self.scale_and_shift(mean, variance))
+
+    def scale_and_shift(self, mean, variance, channels=slice(None)):
+        """Return what each channel is multiplied with and what is added to it, (C,) arrays."""
+        scale = self.gamma[channels] / np.sqrt(variance + self.epsilon)
+        return scale, self.beta[channels] - mean * scale
+
+    def follow(self, mean, variance, momentum):
+        """Move the stored statistics by `momentum` of the way to `mean` and `variance`."""
+        if momentum:
+            self.running_mean += momentum * (mean - self.running_mean)
+            self.running_variance += momentum * (variance - self.running_variance)
+
+    def forward_channels(self, x, run, channels):
+        mean, variance = run.kernels.batchnorm_statistics(x, run.n_images)
+        return run.kernels.scale_shift(x, *self.scale_and_shift(mean, variance, channels))
 
     def backward(self, dy, run):
         x, mean, variance = run.saved[self.name]

@@ -50,6 +50,9 @@ class Preset:
         Distribution of Delta; each has standard deviation sigma_d.
     unit : {"weight", "filter", "layer", "network"}
         What one trial changes at once.
+    hold : {"weight", "filter"}
+        How long a mini-batch is used: for one trial, or for all weights of one output channel,
+        which saves computing the unchanged loss (row-major orders only).
     """
 
     scaling: str = "standardize"
@@ -63,6 +66,7 @@ class Preset:
     test_statistics: str = "first_2000"
     step: str = "gaussian"
     unit: str = "weight"
+    hold: str = "weight"
 
 
 PRESETS = {
@@ -96,6 +100,7 @@ CHOICES = {
     "test_statistics": ("first_2000", "running"),
     "step": ("gaussian", "uniform", "fixed"),
     "unit": ("weight", "filter", "layer", "network"),
+    "hold": ("weight", "filter"),
 }
 
 

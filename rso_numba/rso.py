@@ -16,6 +16,7 @@ paper, its authors' code and the notebook do differently is in `presets.py`.
 
 from dataclasses import dataclass
 from itertools import islice
+from math import inf, isfinite
 from time import perf_counter
 from typing import Any
 
@@ -76,7 +77,13 @@ class Trial:
 
 def smallest(losses):
     """Return the index of the smallest loss: the first on a tie; NaN and infinity lose."""
-    return int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
+    losses = [loss if isfinite(loss) else inf for loss in losses]
+    return losses.index(min(losses))
+
+
+def starts_filter(index):
+    """Return whether `index` is the first weight of its output channel, or no single weight."""
+    return not isinstance(index, tuple) or not any(index[1:])
 
 
 def _search(network, data, rounds, batch_size, settings, judge, rng):
@@ -88,19 +95,20 @@ def _search(network, data, rounds, batch_size, settings, judge, rng):
         for parameter, indices, sigma in round_visits:  # line 3
             batches.begin(parameter)
             for index in indices:  # line 4
-                judge.set_batch(*batches.draw())  # line 5
+                if settings.hold == "weight" or starts_filter(index):
+                    judge.set_batch(*batches.draw())  # line 5
                 before = parameter.value[index].copy()
                 delta = np.float32(draw_step(rng, settings.step, factor * sigma, before.shape))  # line 6
                 w = before * decay
                 candidates = (w, w + delta, w - delta)
-                losses = judge.losses(parameter, index, candidates)  # line 7
+                losses = judge.losses(parameter, index, candidates).tolist()  # line 7
                 best = smallest(losses)
                 judge.keep(parameter, index, candidates[best])  # line 8
-                yield Trial(c, parameter.layer, parameter.name, index, delta, tuple(losses.tolist()),
+                yield Trial(c, parameter.layer, parameter.name, index, delta, tuple(losses),
                             CHOICES[best], before, candidates[best])
 
 
-def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluation="full",
+def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluation="delta",
            backend="cpu", rng=None, **overrides):
     """Return an iterator that trains `network` as it is consumed, one `Trial` a weight.
 
@@ -116,14 +124,15 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
     preset : {"paper", "authors", "notebook"} or Preset
         Settings of the search. (Input scaling and initial weights are those that
         `models.build` gave the network.)
-    evaluation : {"full"}
-        How losses are computed: by whole forward passes.
+    evaluation : {"delta", "full"}
+        How losses are computed: from what a weight changes, or by whole forward passes. The losses
+        are the same, see `evaluators.evaluator`.
     backend : {"cpu", "numpy"}
     rng : None, int or Generator
         The one source of all random numbers. 0 is a seed like any other.
     **overrides
         Fields of `Preset`: sigma, annealing, weight_decay, batches, order, trained,
-        test_statistics, step, unit.
+        test_statistics, step, unit, hold.
 
     Returns
     -------
@@ -141,12 +150,12 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
     settings = presets.resolve(preset, **overrides)
     check_training(network, data, rounds, batch_size, "rounds")
     momentum = RUNNING_MOMENTUM if settings.test_statistics == "running" else 0.0
-    judge = evaluator(evaluation, network, backend, momentum)
+    judge = evaluator(evaluation, network, backend, momentum, settings.unit)
     network.fit_scaling(data.train_images)
     return _search(network, data, rounds, batch_size, settings, judge, np.random.default_rng(rng))
 
 
-def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluation="full",
+def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluation="delta",
           backend="cpu", rng=None, track_trials=False, progress=False, history=None, **overrides):
     """Train `network` by RSO and return what happened, round by round.
 

@@ -102,7 +102,7 @@ def test_weight_decay_of_gamma_and_beta(small):
 
 def _indices(policy, data):
     # which training images the next batch holds, by their position in the set
-    images, labels = policy.draw()
+    images, labels, _ = policy.draw()
     found = [int(np.flatnonzero((data.train_images == image).all(axis=(1, 2, 3)))[0]) for image in images]
     np.testing.assert_array_equal(labels, data.train_labels[found])
     return found

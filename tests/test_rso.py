@@ -29,9 +29,9 @@ def test_losses_and_decisions_equal_nested_loops(backend, small, monkeypatch):
     network, batches = tiny_network(), []
     set_batch = evaluators.FullForward.set_batch
 
-    def recording(self, images, labels):
+    def recording(self, images, labels, key):
         batches.append((images, labels))
-        set_batch(self, images, labels)
+        set_batch(self, images, labels, key)
 
     monkeypatch.setattr(evaluators.FullForward, "set_batch", recording)
     judge = tiny_network()

@@ -2,21 +2,36 @@
 
 Every evaluator has the same three methods, and the search loop never knows which one it has:
 
-* `set_batch(images, labels)`: the question is about these images from now on;
+* `set_batch(images, labels, key=None)`: the question is about these images from now on; the same
+  key promises the same images;
 * `losses(parameter, index, candidates)`: the mean loss for every candidate value of
   `parameter.value[index]`, the first of which is the weight as it is, float64;
 * `keep(parameter, index, value)`: this value stays.
 """
 
+from .. import kernels
+from .delta import DeltaForward
 from .full import FullForward
 
-__all__ = ["FullForward", "evaluator"]
+__all__ = ["DeltaForward", "FullForward", "evaluator"]
 
-EVALUATIONS = ("full",)
+EVALUATIONS = ("delta", "full")
 
 
-def evaluator(evaluation, network, backend, momentum):
-    """Return the evaluator called `evaluation`.
+def evaluator(evaluation, network, backend, momentum, unit="weight"):
+    """Return the evaluator for a search.
+
+    Parameters
+    ----------
+    evaluation : {"delta", "full"}
+        Compute only what a weight changes, or everything. The losses are the same. The `numpy`
+        backend, and steps that change more than one weight, are always evaluated in full.
+    network : Network
+    backend : {"cpu", "numpy"}
+    momentum : float
+        How far each mini-batch moves BatchNorm's running statistics.
+    unit : str
+        See `Preset.unit`.
 
     Raises
     ------
@@ -25,4 +40,7 @@ def evaluator(evaluation, network, backend, momentum):
     """
     if evaluation not in EVALUATIONS:
         raise ValueError(f"unknown evaluation {evaluation!r}; known evaluations: {', '.join(EVALUATIONS)}")
+    kernels.backend(backend)
+    if evaluation == "delta" and backend == "cpu" and unit == "weight":
+        return DeltaForward(network, momentum)
     return FullForward(network, backend, momentum)

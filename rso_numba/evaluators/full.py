@@ -14,15 +14,16 @@ class FullForward:
     network : Network
     backend : {"cpu", "numpy"}
     momentum : float
-        How far the pass of the first candidate moves BatchNorm's running statistics.
+        How far each mini-batch moves BatchNorm's running statistics, in the pass of its first
+        candidate.
     """
 
     def __init__(self, network, backend="cpu", momentum=0.0):
         self.network, self.kernels, self.momentum = network, kernels.backend(backend), momentum
 
-    def set_batch(self, images, labels):
-        """Take a mini-batch: images (N, C, H, W) float32, labels (N,) int64."""
-        self.x, self.labels = self.kernels.pack(images), labels
+    def set_batch(self, images, labels, key=None):
+        """Take a mini-batch: images (N, C, H, W) float32, labels (N,) int64; `key` is not needed."""
+        self.x, self.labels, self.is_new = self.kernels.pack(images), labels, True
 
     def losses(self, parameter, index, candidates):
         """Return the mean loss for each candidate value of `parameter.value[index]`, float64."""
@@ -31,7 +32,7 @@ class FullForward:
         try:
             for i, candidate in enumerate(candidates):
                 parameter.value[index] = candidate
-                momentum = self.momentum if i == 0 else 0.0
+                momentum, self.is_new = self.momentum if self.is_new else 0.0, False
                 run = Pass(self.kernels, len(self.labels), batch_statistics=True, momentum=momentum)
                 losses[i] = self.kernels.mean_loss(self.network.propagate(self.x, run), self.labels)
         finally:

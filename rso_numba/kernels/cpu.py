@@ -110,14 +110,13 @@ def scale_shift_blocks(x, scale, shift, y):
 def conv2d_forward(x, weight, bias):
     """Return the cross-correlation of x with 3x3 (padded by 1) or 1x1 filters, plus bias."""
     y = empty((len(x), len(weight), *x.shape[2:]), x.dtype)
-    conv2d_blocks(x, weight, bias, y, padded_scratch(x, weight))
+    conv2d_blocks(x, weight, bias, y, padded_scratch(x, weight.shape[2] - 1), 1)
     return y
 
 
-def padded_scratch(x, weight):
-    """Return room (n_threads, C_in, H + k - 1, W + k - 1, LANES) for a padded block in each thread."""
+def padded_scratch(x, margins):
+    """Return room (n_threads, C_in, H + margins, W + margins, LANES) for a padded block in each thread."""
     n_channels, height, width = x.shape[1:4]
-    margins = weight.shape[2] - 1
     return empty((get_num_threads(), n_channels, height + margins, width + margins, LANES), x.dtype)
 
 
@@ -127,7 +126,7 @@ def conv2d_backward(x, weight, dy):
     turned = np.ascontiguousarray(weight[:, :, ::-1, ::-1].swapaxes(0, 1))
     dx = conv2d_forward(dy, turned, np.zeros(len(turned), x.dtype))
     dweight = np.empty((len(x), *weight.shape), x.dtype)
-    conv2d_weight_blocks(x, dy, dweight, padded_scratch(x, weight))
+    conv2d_weight_blocks(x, dy, dweight, padded_scratch(x, weight.shape[2] - 1))
     return dx, add_blocks(dweight, x.dtype), channel_totals(dy)
 
 

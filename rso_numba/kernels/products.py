@@ -12,21 +12,23 @@ from .lanes import LANES, add_up, fill, load, multiply_add, store
 
 
 @parallel_kernel
-def conv2d_blocks(x, weight, bias, y, padded):
+def conv2d_blocks(x, weight, bias, y, padded, stride):
     # x (n_blocks, C_in, H, W, LANES), weight (C_out, C_in, k, k), bias (C_out,)
-    # y (n_blocks, C_out, H, W, LANES), padded (n_threads, C_in, H + k - 1, W + k - 1, LANES)
+    # y (n_blocks, C_out, H / stride, W / stride, LANES)
+    # padded (n_threads, C_in, H + margins, W + margins, LANES)
     for b in prange(x.shape[0]):
-        conv2d_block(x[b], weight, bias, y[b], padded[get_thread_id()])
+        conv2d_block(x[b], weight, bias, y[b], padded[get_thread_id()], stride)
 
 
 @kernel
-def conv2d_block(x, weight, bias, y, padded):
-    # x (C_in, H, W, LANES), weight (C_out, C_in, k, k), bias (C_out,), y (C_out, H, W, LANES)
+def conv2d_block(x, weight, bias, y, padded, stride):
+    # x (C_in, H, W, LANES), weight (C_out, C_in, k, k), bias (C_out,)
+    # y (C_out, H / stride, W / stride, LANES)
     pad(x, padded)
     for h in range(y.shape[1]):
         for w in range(0, y.shape[2], 4):
             for o in range(0, y.shape[0], 4):
-                conv2d_tile(padded, weight, bias, y, o, h, w)
+                conv2d_tile(padded, weight, bias, y, o, h, w, stride)
 
 
 @kernel
@@ -42,8 +44,9 @@ def pad(x, padded):
 
 
 @kernel
-def conv2d_tile(padded, weight, bias, y, o, h, w):
-    # padded (C_in, H + k - 1, W + k - 1, LANES), weight (C_out, C_in, k, k), y (C_out, H, W, LANES)
+def conv2d_tile(padded, weight, bias, y, o, h, w, stride):
+    # padded (C_in, H + margins, W + margins, LANES), weight (C_out, C_in, k, k)
+    # y (C_out, H / stride, W / stride, LANES)
     # Output channels o to o + 3 of pixels (h, w) to (h, w + 3): 16 sums, so that 4 pixels and 4 weights
     # fetched from memory serve 16 multiplications.
     o1, o2, o3 = min(o + 1, y.shape[0] - 1), min(o + 2, y.shape[0] - 1), min(o + 3, y.shape[0] - 1)
@@ -52,11 +55,13 @@ def conv2d_tile(padded, weight, bias, y, o, h, w):
     b0 = b1 = b2 = b3 = fill(bias[o1])
     c0 = c1 = c2 = c3 = fill(bias[o2])
     d0 = d1 = d2 = d3 = fill(bias[o3])
+    p0, p1, p2, p3 = stride * w, stride * w1, stride * w2, stride * w3
     for i in range(weight.shape[1]):
         for kh in range(weight.shape[2]):
+            row = stride * h + kh
             for kw in range(weight.shape[3]):
-                x0, x1 = load(padded, (i, h + kh, w + kw)), load(padded, (i, h + kh, w1 + kw))
-                x2, x3 = load(padded, (i, h + kh, w2 + kw)), load(padded, (i, h + kh, w3 + kw))
+                x0, x1 = load(padded, (i, row, p0 + kw)), load(padded, (i, row, p1 + kw))
+                x2, x3 = load(padded, (i, row, p2 + kw)), load(padded, (i, row, p3 + kw))
                 u = weight[o, i, kh, kw]
                 a0, a1 = multiply_add(u, x0, a0), multiply_add(u, x1, a1)
                 a2, a3 = multiply_add(u, x2, a2), multiply_add(u, x3, a3)

@@ -1,0 +1,177 @@
+"""Delta evaluation equals full forward passes: for every weight, and over whole rounds."""
+
+import numpy as np
+import pytest
+
+from rso_numba import datasets, models, rso
+from rso_numba.evaluators import DeltaForward, FullForward, evaluator
+from rso_numba.kernels import changes, cpu
+from rso_numba.layers import BatchNorm, Conv2D, Dense, Flatten, MaxPool, ReLU, Standardize
+from rso_numba.models import Network, build
+
+
+def shuffled(network, rng):
+    """Give every parameter values of its own: biases, gamma and beta are all equal at first."""
+    network.weights += rng.normal(0, 0.1, network.n_weights).astype(np.float32)
+    return network
+
+
+def small_network(name):
+    """A small version of a model, or a chain that no model has."""
+    n_classes = 3
+    layers = {
+        "one_conv": [Conv2D(2), ReLU(), MaxPool(), Flatten(), Dense(n_classes)],
+        "two_conv": [Conv2D(2), ReLU(), MaxPool(), Conv2D(3), ReLU(), MaxPool(), Flatten(), Dense(n_classes)],
+        "original": [type(layer)(2) if isinstance(layer, Conv2D) else layer for layer in models.original(3)],
+        "paper_mnist": [
+            Conv2D(2, use_bias=False) if isinstance(layer, Conv2D) else layer
+            for layer in models.paper_mnist(n_classes)],
+        "two dense, 1x1, late BatchNorm": [
+            Conv2D(2, size=1), ReLU(), BatchNorm(), Conv2D(2), Flatten(), Dense(4), ReLU(), Dense(n_classes)],
+        "flatten only": [Conv2D(2), Flatten(), Dense(n_classes)],
+    }[name]
+    return Network([Standardize(), *layers], (1, 6, 5), n_classes)
+
+
+CHAINS = ["one_conv", "two_conv", "original", "paper_mnist", "two dense, 1x1, late BatchNorm", "flatten only"]
+
+
+@pytest.mark.parametrize("n", [5, 16, 37])
+@pytest.mark.parametrize("name", CHAINS)
+def test_every_weight_before_and_after_accepted_changes(name, n, rng):
+    network = shuffled(small_network(name), rng)
+    images, labels = rng.random((n, 1, 6, 5), np.float32), rng.integers(3, size=n)
+    network.fit_scaling(images)
+    full, delta = FullForward(network), DeltaForward(network)
+    full.set_batch(images, labels)
+    delta.set_batch(images, labels, key=0)
+    for parameter in reversed(network.parameters()):
+        for index in np.ndindex(parameter.value.shape):
+            w, step = parameter.value[index], np.float32(rng.normal(0, 0.5))
+            candidates = (w, w + step, w - step)
+            expected = full.losses(parameter, index, candidates)
+            found = delta.losses(parameter, index, candidates)
+            np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=f"{parameter}[{index}]")
+            assert parameter.value[index] == w
+            if rng.random() < 0.5:
+                delta.keep(parameter, index, candidates[rng.integers(3)])
+
+
+@pytest.mark.parametrize("preset", ["paper", "authors", "notebook"])
+@pytest.mark.parametrize("hold", ["weight", "filter"])
+@pytest.mark.parametrize("name", ["one_conv", "original", "paper_mnist"])
+def test_a_whole_round_decides_alike(name, hold, preset, rng):
+    """Decisions differ only at ties closer than 1e-5: those are counted, and then followed."""
+    images, labels = rng.random((40, 1, 6, 5), np.float32), rng.integers(3, size=40)
+    data = datasets.Dataset(images, labels, images[:5], labels[:5], 3)
+    networks = [shuffled(small_network(name), np.random.default_rng(1)) for _ in range(2)]
+    streams = [
+        rso.trials(network, data, rounds=2, batch_size=13, preset=preset, evaluation=evaluation, rng=0,
+                   hold=hold)
+        for network, evaluation in zip(networks, ("full", "delta"), strict=True)]
+    ties = 0
+    for full, delta in zip(*streams, strict=True):
+        np.testing.assert_allclose(delta.losses, full.losses, rtol=1e-5, err_msg=f"{full}\n{delta}")
+        if full.choice != delta.choice:
+            best, second, _ = sorted(full.losses)
+            assert second - best < 1e-5 * best
+            ties += 1
+            networks[1].weights[:] = networks[0].weights
+    print(f"{name}, {preset}, hold={hold}: {ties} ties decided differently")
+    for full, delta in zip(*(network.leaves for network in networks), strict=True):
+        if isinstance(full, BatchNorm):
+            np.testing.assert_allclose(delta.running_mean, full.running_mean, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(delta.running_variance, full.running_variance, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["one_conv", "two_conv", "paper_mnist"])
+def test_what_is_remembered_does_not_drift(name, digits):
+    network = build(name, (1, 8, 8), rng=0)
+    network.fit_scaling(digits.train_images)
+    delta, rng = DeltaForward(network), np.random.default_rng(0)
+    conv = network.parameters()[0]
+    for dense_or_conv in (network.parameters()[-1], conv):
+        for i in range(300):
+            key = i % 3
+            delta.set_batch(digits.train_images[100 * key :][:90], digits.train_labels[100 * key :][:90], key)
+            index = tuple(rng.integers(s) for s in dense_or_conv.value.shape)
+            w, step = dense_or_conv.value[index], np.float32(rng.normal(0, 0.3))
+            delta.losses(dense_or_conv, index, (w, w + step, w - step))
+            delta.keep(dense_or_conv, index, w + step if i % 2 else w - step)
+        for key in range(3):
+            delta.set_batch(digits.train_images[100 * key :][:90], digits.train_labels[100 * key :][:90], key)
+            w = dense_or_conv.value[index]
+            remembered = delta.losses(dense_or_conv, index, (w, w))[0]
+            assert delta.batch.is_held
+            full = FullForward(network)
+            full.set_batch(delta.batch.images, delta.batch.labels)
+            assert remembered == pytest.approx(full.losses(dense_or_conv, index, (w,))[0], rel=1e-4)
+
+
+def test_a_weight_changed_by_somebody_else_is_noticed(digits):
+    network = build("two_conv", (1, 8, 8), rng=0)
+    full, delta = FullForward(network), DeltaForward(network)
+    parameter = network.parameters()[2]
+    for judge in (full, delta):
+        judge.set_batch(digits.train_images[:50], digits.train_labels[:50])
+    for _ in range(2):
+        expected, found = (judge.losses(parameter, (3, 1, 0, 2), (0.1, 0.2)) for judge in (full, delta))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        network.weights[::7] *= 1.5
+
+
+@pytest.mark.parametrize("step", [0.5, 30.0, 90.0, 1e4, 1e30])
+def test_huge_steps_of_the_last_layer(step, digits):
+    network = build("one_conv", (1, 8, 8), rng=0)
+    full, delta = FullForward(network), DeltaForward(network)
+    for judge in (full, delta):
+        judge.set_batch(digits.train_images[:70], digits.train_labels[:70])
+    for parameter, index in ((network.parameters()[2], (3, 17)), (network.parameters()[3], (3,))):
+        candidates = (parameter.value[index], np.float32(step), np.float32(-step))
+        expected, found = (judge.losses(parameter, index, candidates) for judge in (full, delta))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_memory_is_bounded(digits):
+    network = build("one_conv", (1, 8, 8), rng=0)
+    delta = DeltaForward(network, memory=200_000)
+    parameter = network.parameters()[-2]
+    for visit in range(3):
+        for key in range(10):
+            part = slice(100 * key, 100 * key + 100)
+            delta.set_batch(digits.train_images[part], digits.train_labels[part], key)
+            delta.losses(parameter, (0, 0), (0.0, 0.1))
+        held = [batch for batch in delta.batches.values() if batch.z is not None and batch is not delta.batch]
+        total = sum(batch.x.nbytes + batch.z.nbytes for batch in held)
+        assert total == 0 if visit == 0 else 100_000 < total <= 200_000
+
+
+def test_fast_exp():
+    @changes.kernel
+    def exponentials(x, y):
+        for i in range(len(x)):
+            y[i] = changes.fast_exp(x[i])
+
+    x = np.linspace(-87, 88, 100_001, dtype=np.float32)
+    y = np.empty_like(x)
+    exponentials(x, y)
+    np.testing.assert_allclose(y, np.exp(x.astype(np.float64)), rtol=4e-7)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 6, 6), (17, 3, 7, 5)], ids=str)
+def test_convolution_and_average_pool_in_one(shape, rng):
+    x = cpu.pack(rng.standard_normal(shape, np.float32))
+    weight, bias = rng.standard_normal((5, shape[1], 3, 3), np.float32), rng.standard_normal(5, np.float32)
+    merged = changes.conv2d_avgpool_forward(x, weight, bias)
+    apart = cpu.avgpool_forward(cpu.conv2d_forward(x, weight, bias))
+    merged, apart = cpu.unpack(merged, shape[0]), cpu.unpack(apart, shape[0])
+    np.testing.assert_allclose(merged, apart, rtol=1e-4, atol=1e-5)
+
+
+def test_what_delta_evaluation_cannot_do():
+    network = build("one_conv", (1, 8, 8))
+    assert isinstance(evaluator("delta", network, "cpu", 0.0), DeltaForward)
+    assert isinstance(evaluator("delta", network, "numpy", 0.0), FullForward)
+    assert isinstance(evaluator("delta", network, "cpu", 0.0, unit="layer"), FullForward)
+    with pytest.raises(ValueError, match="does not end in a dense layer; use evaluation='full'"):
+        DeltaForward(Network([Conv2D(3), Flatten(), Dense(3), ReLU()], (1, 2, 2), 3))
