@@ -1,16 +1,20 @@
-"""The command line: `rso-numba compare` and `rso-numba info` (or `python -m rso_numba ...`).
+"""The command line: `rso-numba compare`, `bench` and `info` (or `python -m rso_numba ...`).
 
 Numba, matplotlib and scikit-learn are imported where they are needed, so that `--help` is quick.
 """
 
 import argparse
 import importlib.metadata
+import json
 import os
 import platform
+import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from . import __version__, datasets, kernels, models, presets
+from .files import written_beside
 
 # What suits each data set, where the command line says nothing else.
 DEFAULTS = {
@@ -95,7 +99,91 @@ def parser():
     option("--out", default="rso-out", metavar="FOLDER",
            help="folder for the files, made if need be (default: %(default)s)")
     option("--no-progress", action="store_true", help="show no progress bars")
+    _add_bench(commands)
     return top
+
+
+def _add_bench(commands):
+    run = commands.add_parser(
+        "bench", help="time a trial here and in PyTorch, side by side",
+        description="Measure the seconds that RSO needs for one weight, with delta evaluation, with whole "
+        "forward passes and in PyTorch; then SGD, and the rate of the convolution. Print a table, and write "
+        "all figures as JSON. Nothing else should run on the machine.")
+    run.set_defaults(command=bench)
+    option = run.add_argument
+    option("--model", default="all", choices=("one_conv", "two_conv", "paper_mnist", "all"),
+           help="network (default: %(default)s)")
+    option("--data", default="mnist", choices=("mnist", "digits28"), help="data set (default: %(default)s)")
+    option("--data-home", metavar="FOLDER", help="folder with the files of MNIST")
+    option("--batch-size", type=int, metavar="N", help="images in a mini-batch of RSO (default: 1024 for "
+           "one_conv, 1000 for two_conv, 5000 for paper_mnist; at most half of the training set)")
+    option("--preset", metavar="NAME", help=f"settings of RSO, one of {', '.join(presets.PRESETS)} "
+           "(default: notebook, authors for paper_mnist)")
+    option("--threads", type=int, metavar="N", help="threads of Numba and PyTorch (default: all cores)")
+    option("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: %(default)s)")
+    option("--quick", action="store_true", help="few images and trials: does it run? The figures mean little")
+    option("--out", default="rso-out/bench.json", metavar="FILE", help="JSON file (default: %(default)s)")
+
+
+def bench(arguments):
+    """Run `rso-numba bench`; return the exit status."""
+    import numba
+
+    from . import bench as benchmark
+
+    if arguments.threads is not None:
+        _set_threads(arguments.threads)
+    data = datasets.load(arguments.data, arguments.data_home)
+    if arguments.quick:
+        data = data.subset(512, 64, arguments.seed)
+    chosen = list(benchmark.CONFIGURATIONS) if arguments.model == "all" else [arguments.model]
+    plan = benchmark.QUICK if arguments.quick else benchmark.Plan()
+    threads, rows = numba.get_num_threads(), []
+    try:
+        for group in benchmark.run(chosen, data, threads, plan, arguments.seed, arguments.batch_size,
+                                   arguments.preset):
+            rows += group
+            print(f"rso-numba: measured {group[-1].configuration}", file=sys.stderr)
+    finally:  # an interrupted benchmark keeps what it has measured
+        if rows:
+            print(benchmark_table(rows))
+            result = dict(
+                command=shlex.join(["rso-numba", *sys.argv[1:]]), arguments={
+                    name: value for name, value in vars(arguments).items() if name != "command"},
+                machine=dict(cpu=_cpu_model(), cores=os.cpu_count(), system=platform.platform()),
+                versions={"rso_numba": __version__, "python": platform.python_version(),
+                          **{package: _version(package) for package in (*PACKAGES, "torch")}},
+                threads=threads, seed=arguments.seed, data=repr(data),
+                rows=[asdict(row) for row in rows])
+            with written_beside(arguments.out) as beside:
+                beside.write_text(json.dumps(result, indent=1) + "\n")
+            print("wrote", arguments.out)
+    return 0
+
+
+def benchmark_table(rows):
+    """Return the rows of a benchmark as a plain table, aligned."""
+    cells = [("configuration", "what", "measured", "", "speed", "peak MiB", "how")]
+    for row in rows:
+        cells.append((
+            row.configuration, row.what, "-" if row.value is None else f"{row.value:#.4g}", row.unit,
+            "-" if row.relative is None else f"{row.relative:#.3g} x {row.against}",
+            "-" if row.peak_mib is None else f"{row.peak_mib:.0f}", row.measured))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(f"{cell:{'>' if i in (2, 5) else '<'}{width}}"
+                       for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+             for row in cells]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _cpu_model():
+    # Linux says it in a file; elsewhere the name may be less telling
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def compare(arguments):

@@ -8,6 +8,7 @@ import pytest
 from test_models import naive_logits
 
 from rso_numba import evaluators, rso
+from rso_numba.batches import Fresh
 from rso_numba.layers import BatchNorm, Conv2D, Dense, Flatten, MaxPool, ReLU, Standardize
 from rso_numba.models import Network, build
 
@@ -26,20 +27,13 @@ def run(network, data, n=None, **arguments):
 
 
 def test_losses_and_decisions_equal_nested_loops(backend, small, monkeypatch):
-    network, batches = tiny_network(), []
-    set_batch = evaluators.FullForward.set_batch
-
-    def recording(self, images, labels, key):
-        batches.append((images, labels))
-        set_batch(self, images, labels, key)
-
-    monkeypatch.setattr(evaluators.FullForward, "set_batch", recording)
-    judge = tiny_network()
+    network, judge, batches, draw = tiny_network(), tiny_network(), [], Fresh.draw
+    monkeypatch.setattr(Fresh, "draw", lambda self: batches.append(draw(self)) or batches[-1])
     judge.fit_scaling(small.train_images)
     value = {str(p): p.value for p in judge.parameters()}
     trials = run(network, small, backend=backend)
     assert len(trials) == network.n_weights
-    for trial, (images, labels) in list(zip(trials, batches, strict=True))[::7]:
+    for trial, (images, labels, _) in list(zip(trials, batches, strict=True))[::7]:
         array = value[f"{trial.layer}.{trial.parameter}"]
         judge.weights[:] = tiny_network().weights
         for earlier in trials[: trials.index(trial)]:

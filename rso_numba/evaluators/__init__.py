@@ -10,10 +10,9 @@ Every evaluator has the same three methods, and the search loop never knows whic
 """
 
 from .. import kernels
-from .delta import DeltaForward
 from .full import FullForward
 
-__all__ = ["DeltaForward", "FullForward", "evaluator"]
+__all__ = ["DeltaForward", "FullForward", "evaluator"]  # noqa: F822  (see __getattr__)
 
 EVALUATIONS = ("delta", "full")
 
@@ -42,5 +41,16 @@ def evaluator(evaluation, network, backend, momentum, unit="weight"):
         raise ValueError(f"unknown evaluation {evaluation!r}; known evaluations: {', '.join(EVALUATIONS)}")
     kernels.backend(backend)
     if evaluation == "delta" and backend == "cpu" and unit == "weight":
+        from .delta import DeltaForward
+
         return DeltaForward(network, momentum)
     return FullForward(network, backend, momentum)
+
+
+def __getattr__(name):
+    # DeltaForward imports Numba, which takes a second: not before somebody wants it
+    if name == "DeltaForward":
+        from .delta import DeltaForward
+
+        return DeltaForward
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

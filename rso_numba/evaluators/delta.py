@@ -17,6 +17,8 @@ import numpy as np
 from ..kernels import changes, cpu
 from ..layers import AvgPool, BatchNorm, Dense, Pass
 
+MANY = 100  # weights in a stage: with fewer, only a batch that came back once is expected again
+
 
 @dataclass(eq=False)
 class Stage:
@@ -231,14 +233,13 @@ class DeltaForward:
             x = _through(self.stages[: self.d], x, run)
             batch.x, batch.z, batch.applied = x, stage.forward(x, run), self.log_length
             if stage is self.stages[-1]:
-                ones = np.ones((len(x), 1, x.shape[2]), x.dtype)
-                batch.x = changes.by_feature(np.concatenate([x, ones], axis=1))
-                batch.z = changes.by_feature(batch.z)
+                batch.x, batch.z = changes.by_feature(x, n_ones=1), changes.by_feature(batch.z)
                 batch.padded_labels = np.full(batch.z.shape[1], -1)
                 batch.padded_labels[: len(batch.labels)] = batch.labels
             batch.statistics = run.statistics
             size = batch.x.nbytes + batch.z.nbytes
-            if batch.visits > 1 and self.held_bytes + size <= self.memory:  # seen twice, seen thrice
+            comes_back = batch.visits > 1 or stage.mixing.weight.size > MANY
+            if self.key is not None and comes_back and self.held_bytes + size <= self.memory:
                 batch.is_held = True
                 self.held_bytes += size
         if momentum:
@@ -257,12 +258,11 @@ class DeltaForward:
     def _last_losses(self, batch, parameter, index, steps):
         """Return the losses in the last stage, where z are the logits."""
         missed = slice(batch.applied, self.log_length)
-        sums = np.empty((-(-batch.z.shape[1] // changes.CHUNK), len(steps)))
         k, j, _, _ = _where(parameter, index)
-        changes.dense_trial(batch.z, batch.x, self.log_where[missed], self.log_amount[missed], k, j, steps,
-                            batch.padded_labels, sums)
+        sums = changes.dense_trial(batch.z, batch.x, self.log_where[missed], self.log_amount[missed], k, j,
+                                   steps, batch.padded_labels)
         batch.applied = self.log_length
-        return sums.sum(axis=0) / len(batch.labels)
+        return sums / len(batch.labels)
 
     def _compute_base(self, batch, momentum):
         run = Pass(cpu, len(batch.labels), batch_statistics=True, momentum=momentum)

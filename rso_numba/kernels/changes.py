@@ -186,23 +186,47 @@ def replay_block(z, x, channel, row, column, amount, step):
                             z[h, w, lane] += share * x[channel, i, j, lane]
 
 
-def by_feature(x):
-    """Return features (n_blocks, n, LANES) as (n, n_blocks * LANES): all images of a feature side by side."""
-    return np.ascontiguousarray(x.swapaxes(0, 1)).reshape(x.shape[1], -1)
+def by_feature(x, n_ones=0):
+    """Return features (n_blocks, n, LANES) as (n + n_ones, n_blocks * LANES), the last n_ones being 1.
+
+    All images of a feature are side by side.
+    """
+    y = empty((x.shape[1] + n_ones, len(x), LANES), x.dtype)
+    by_feature_blocks(x, y)
+    y[x.shape[1] :] = 1
+    return y.reshape(len(y), -1)
 
 
 @parallel_kernel
-def dense_trial(z, a, changes, amounts, k, j, steps, labels, sums):
-    """Bring logits up to date, then sum the losses for every step of weight (k, j) of the last layer.
+def by_feature_blocks(x, y):
+    # x (n_blocks, n, LANES), y (n or more, n_blocks, LANES)
+    for i in prange(x.shape[1]):
+        for b in range(x.shape[0]):
+            for lane in range(LANES):
+                y[i, b, lane] = x[b, i, lane]
 
-    z (n_classes, n) are the logits and a (n_in + 1, n) the inputs, by feature; the last input is 1 for
-    the bias (so that j = -1 means it). changes and amounts are what z has missed, as above. labels (n,)
-    are -1 where there is no image; sums (n_chunks, n_steps), float64.
+
+def dense_trial(z, a, changes, amounts, k, j, steps, labels):
+    """Bring logits up to date, then return the summed losses for every step of weight (k, j), float64.
+
+    z (n_classes, n) are the logits and a (n_in + 1, n) the inputs of the last layer, by feature; the
+    last input is 1 for the bias (so that j = -1 means it). changes and amounts are what z has missed, as
+    above. labels (n,) are -1 where there is no image.
     """
+    sums = np.empty((-(-len(labels) // CHUNK), len(steps)))
+    # threads wait for each other, on a busy machine for milliseconds: small work is done sooner by one
+    chunks = dense_chunks if len(sums) > 8 else dense_chunks_alone
+    chunks(z, a, changes, amounts, k, j, steps, labels, sums)
+    return sums.sum(axis=0)
+
+
+def _dense_chunks(z, a, changes, amounts, k, j, steps, labels, sums):
+    # sums (n_chunks, n_steps)
     for chunk in prange(len(sums)):
         first, last = chunk * CHUNK, min((chunk + 1) * CHUNK, len(labels))
         replay_dense(z, a, first, last, changes, amounts)
         dense_losses(z, a[j, first:last], k, first, last, steps, labels[first:last], sums[chunk])
+
 
 
 @kernel
@@ -288,3 +312,6 @@ def careful_losses(z, a, k, first, step, labels):
                     total += math.exp(logits[c] - largest)
             result += math.log(total) + largest - (own if labels[n] == k else logits[labels[n]])
     return result
+
+
+dense_chunks, dense_chunks_alone = parallel_kernel(_dense_chunks), kernel(_dense_chunks)

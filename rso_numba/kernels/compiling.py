@@ -39,7 +39,7 @@ def parallel_kernel(function):
 def _compile(function, parallel):
     options = dict(fastmath=FASTMATH, error_model="numpy", nogil=True, parallel=parallel)
     name = function.__qualname__
-    function.__qualname__ = f"{name}_{DIGEST}"  # names the cache files
+    function.__qualname__ = f"{name}_{'parallel' if parallel else 'serial'}_{DIGEST}"  # names the cache files
     try:
         compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no folder can be written: compile in each process

@@ -1,0 +1,399 @@
+"""The benchmark that `rso-numba bench` runs: seconds per weight, here and in PyTorch, side by side.
+
+Every way to evaluate a weight gets the same data, initial weights and mini-batches, and its losses are
+checked before it is timed. What is timed is the loop of `rso.py`: a trial is the draw of a mini-batch, three
+losses and the decision. Slow ways are timed on a few weights of every parameter and extrapolated to a round.
+"""
+
+import sys
+import timeit
+from dataclasses import dataclass, field, replace
+from functools import cache
+from time import perf_counter, sleep
+from unittest.mock import patch
+
+import numba
+import numpy as np
+
+from . import kernels, models, presets, rso, sgd
+from .datasets import Dataset
+from .evaluators import FullForward
+from .visits import visits
+
+CONFIGURATIONS = {  # model: mini-batch, preset, and the model that SGD trains beside it
+    "one_conv": (1024, "notebook", "one_conv"),
+    "two_conv": (1000, "notebook", "two_conv"),
+    "paper_mnist": (5000, "authors", "original"),
+}
+SGD_BATCH_SIZES = (32, 256)
+LEARNING_RATE = 0.01
+CHECK_IMAGES = 64  # mini-batch of the comparison of losses, which is also the first call of everything
+BLOCK = 12  # trials of delta evaluation that are averaged before the median is taken
+THREE_PASSES, CACHED = "PyTorch, three passes", "PyTorch, cached input"
+NO_TORCH = "skipped: PyTorch is not installed; pip install 'rso_numba[bench]'"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    few: int = 3  # weights of every parameter, for slow evaluations
+    many: int = 96  # the first weights of every parameter in their natural order, for delta evaluation
+    whole: tuple = ("one_conv", "two_conv")  # models timed for a whole round and a whole epoch instead
+    sgd_steps: int = 200  # for the other models
+    images: int = 1024  # in the convolutions
+    matrix: int = 2048  # rows and columns in sgemm
+    rest: float = 0.3  # seconds before every measurement, in which threads of the last one stop spinning
+
+
+QUICK = Plan(few=1, many=6, whole=(), sgd_steps=2, images=64, matrix=256, rest=0.05)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One configuration: a model, its data, and how it is searched."""
+
+    model: str
+    data: Dataset
+    batch_size: int
+    preset: str
+    seed: int
+
+    def __str__(self):
+        return f"{self.model}, batch {self.batch_size}, {self.preset}"
+
+    def network(self):
+        """Return a network with the initial weights, the same at each call."""
+        return models.build(self.model, self.data.image_shape, self.data.n_classes, self.seed, self.preset)
+
+    def small(self):
+        """Return the same configuration with two mini-batches of few images."""
+        n = min(self.batch_size, CHECK_IMAGES, len(self.data.train_images) // 2)
+        return replace(self, data=self.data.subset(2 * n, 1, self.seed), batch_size=n)
+
+
+def peak_mib():
+    """Return the most memory that this process has held so far, in MiB (None on Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    configuration: str
+    what: str
+    value: float | None  # None if skipped: `measured` says why
+    unit: str  # s/weight, s/epoch or GFLOP/s
+    measured: str  # whether the whole was timed, or which part of it
+    relative: float | None = None  # how many times as fast as `against`
+    against: str = ""
+    detail: dict = field(default_factory=dict)  # the figures behind `value`
+    peak_mib: float | None = field(default_factory=peak_mib)
+
+
+def torch_or_none():
+    """Return PyTorch, if it is installed."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch
+
+
+@cache
+def torch_layers():
+    """Return PyTorch's forward of each kind of layer: functions of (layer, weights by name, x)."""
+    import torch
+    from torch.nn import functional as f
+
+    def standardize(layer, w, x):
+        mean, std = (torch.from_numpy(a).reshape(-1, 1, 1) for a in (layer.mean, layer.std))
+        return x if layer.scaling == "none" else (x - mean) / std
+
+    return {
+        "Standardize": standardize,
+        "Conv2D": lambda layer, w, x: f.conv2d(x, w["weight"], w.get("bias"), padding=layer.size // 2),
+        "Dense": lambda layer, w, x: f.linear(x, w["weight"], w.get("bias")),
+        "BatchNorm": lambda layer, w, x: f.batch_norm(
+            x, None, None, w["gamma"], w["beta"], training=True, eps=layer.epsilon),
+        "ReLU": lambda layer, w, x: f.relu(x),
+        "MaxPool": lambda layer, w, x: f.max_pool2d(x, 2),
+        "AvgPool": lambda layer, w, x: f.avg_pool2d(x, 2),
+        "GlobalMaxPool": lambda layer, w, x: x.amax((2, 3)),
+        "GlobalMeanPool": lambda layer, w, x: x.mean((2, 3)),
+        "Flatten": lambda layer, w, x: x.flatten(1),
+    }
+
+
+class TorchForward(FullForward):
+    """FullForward by PyTorch, on the same weights in memory: a change of one changes both.
+
+    With `cached`, a pass starts at the layer of the weight, as in the authors' code; making the input of
+    that layer takes `not_counted` seconds in all.
+    """
+
+    def __init__(self, network, cached=False):
+        super().__init__(network)
+        self.torch, self.cached, self.not_counted = torch_or_none(), cached, 0.0
+        self.layers = [
+            (layer, {name: self.torch.from_numpy(getattr(layer, name)) for name in layer.parameter_names})
+            for layer in network.layers]
+
+    def set_batch(self, images, labels, key=None):
+        self.x, self.labels = self.torch.from_numpy(images), self.torch.from_numpy(labels)
+
+    def propagate(self, x, start=0, stop=None):
+        """Return what the layers from `start` to before `stop` make of x."""
+        for layer, weights in self.layers[start:stop]:
+            x = torch_layers()[type(layer).__name__](layer, weights, x)
+        return x
+
+    def losses(self, parameter, index, candidates):
+        before, losses = parameter.value[index].copy(), np.empty(len(candidates))
+        start = [layer.name for layer, _ in self.layers].index(parameter.layer) if self.cached else 0
+        with self.torch.no_grad():
+            begin = perf_counter()
+            x = self.propagate(self.x, stop=start)
+            self.not_counted += perf_counter() - begin
+            for i, candidate in enumerate(candidates):
+                parameter.value[index] = candidate
+                logits = self.propagate(x, start)
+                losses[i] = self.torch.nn.functional.cross_entropy(logits, self.labels).item()
+        parameter.value[index] = before
+        return losses
+
+
+def our_sgd(network, data, batch_size, rng):
+    """Train by one epoch of `sgd.train`; return the seconds."""
+    return sgd.train(network, data, 1, batch_size, LEARNING_RATE, rng=rng).seconds
+
+
+def torch_sgd(network, data, batch_size, rng):
+    """Do what one epoch of `sgd.train` does, by PyTorch's autograd; return the seconds."""
+    twin, torch, rng = TorchForward(network), torch_or_none(), np.random.default_rng(rng)
+    network.fit_scaling(data.train_images)
+    weights = [w.requires_grad_() for _, own in twin.layers for w in own.values()]
+    order = rng.permutation(len(data.train_images))
+    begin = perf_counter()
+    order = rng.permutation(order)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        twin.set_batch(data.train_images[chosen], data.train_labels[chosen])
+        torch.nn.functional.cross_entropy(twin.propagate(twin.x), twin.labels).backward()
+        with torch.no_grad():
+            for w in weights:
+                w -= LEARNING_RATE * w.grad
+                w.grad = None
+    return perf_counter() - begin
+
+
+def first(n):
+    """Return a choice of indices: the first n of a parameter, or all of them if n is None."""
+    return lambda parameter, indices: indices[:n]
+
+
+def filters(n):
+    """Return a choice of indices: whole filters of a parameter, at least 2, with n weights or more."""
+    def choose(parameter, indices):
+        size = len(indices) // len(parameter.value)
+        return indices[: size * max(2, -(-n // size))]
+    return choose
+
+
+def spread(n):
+    """Return a choice of indices: up to n of a parameter, at equal distances."""
+    return lambda parameter, indices: indices[:: -(-len(indices) // n)]
+
+
+@dataclass
+class Visit:
+    """The trials of one parameter that were timed, out of `n_weights`."""
+
+    n_weights: int
+    filter_size: int
+    seconds: list = field(default_factory=list)
+    losses: list = field(default_factory=list)
+
+    def total(self, n_first, block):
+        """Return the seconds that all weights of the parameter take.
+
+        The first trials, which fill caches, count once. The rest is extrapolated from the median of the
+        others, taken over means of `block` trials.
+        """
+        if len(self.seconds) == self.n_weights:
+            return sum(self.seconds)
+        n_first = min(n_first, len(self.seconds) // 2)
+        starts = range(n_first, len(self.seconds), block)
+        means = [np.mean(self.seconds[start : start + block]) for start in starts]
+        return float(sum(self.seconds[:n_first]) + (self.n_weights - n_first) * np.median(means))
+
+
+def timed_visits(job, choose, judge_of=None, **arguments):
+    """Run the chosen trials of one round; return a dict of `Visit` by parameter.
+
+    `judge_of` makes an evaluator that `rso.trials` does not know, from a network; `arguments` go to
+    `rso.trials`. One trial more than was chosen begins the search and is not counted: sigma, the order of
+    the visits and the partition of the data are made in it.
+    """
+    network, timed = job.network(), {}
+
+    def chosen_visits(*settings):
+        chosen = []
+        for parameter, indices, sigma in visits(*settings):
+            timed[str(parameter)] = Visit(len(indices), len(indices) // len(parameter.value))
+            chosen.append((parameter, list(choose(parameter, indices)), sigma))
+        chosen[0][1].insert(0, chosen[0][1][0])
+        return chosen
+
+    def clock():
+        return perf_counter() - getattr(judge, "not_counted", 0.0)
+
+    judge = judge_of(network) if judge_of else None
+    evaluator = (lambda *_, **__: judge) if judge else rso.evaluator
+    with patch.multiple(rso, visits=chosen_visits, evaluator=evaluator):
+        stream = rso.trials(network, job.data, 1, job.batch_size, job.preset,
+                            rng=np.random.default_rng([job.seed, 1]), **arguments)
+        next(stream)
+        begin = clock()
+        for trial in stream:
+            visit = timed[f"{trial.layer}.{trial.parameter}"]
+            visit.seconds.append(clock() - begin)
+            visit.losses.append(trial.losses)
+            begin = clock()
+    return timed
+
+
+def kernels_loaded():
+    """Return how many kernels this process has taken from Numba's cache, and how many it has compiled."""
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(f"{__package__}.")]
+    stats = {id(f): f.stats for module in modules for f in vars(module).values() if hasattr(f, "stats")}
+    counts = [(sum(s.cache_hits.values()), sum(s.cache_misses.values())) for s in stats.values()]
+    return np.sum(counts, axis=0)
+
+
+def search_row(job, plan, what, choose, judge_of=None, evaluation="full", **arguments):
+    """Compare the losses of one way of evaluation with FullForward's, then time it; return its Row."""
+    loaded, begin = kernels_loaded(), perf_counter()
+    mine = timed_visits(job.small(), first(2), judge_of, evaluation=evaluation, **arguments)
+    first_calls, (from_cache, compiled) = perf_counter() - begin, (kernels_loaded() - loaded).tolist()
+    judge = timed_visits(job.small(), first(2), evaluation="full", **arguments)
+    for name, visit in mine.items():
+        np.testing.assert_allclose(visit.losses, judge[name].losses, rtol=1e-4, err_msg=f"{what}, {name}")
+    sleep(plan.rest)
+    timed = timed_visits(job, choose, judge_of, evaluation=evaluation, **arguments)
+    n, n_timed = sum(v.n_weights for v in timed.values()), sum(len(v.seconds) for v in timed.values())
+    n_first, block, held = 0, 1, "hold" in arguments
+    if evaluation == "delta" and not held:
+        n_first, block = len(job.data.train_images) // job.batch_size, BLOCK  # once for each mini-batch
+    totals = {name: v.total(n_first, v.filter_size if held else block) for name, v in timed.items()}
+    measured = f"whole round of {n:,}" if n == n_timed else f"sampled {n_timed:,} of {n:,}"
+    if judge_of is None:
+        measured += f"; first calls {first_calls:.1f} s, {from_cache} kernels cached, {compiled} compiled"
+    detail = dict(
+        round_seconds=sum(totals.values()), n_weights=n, n_timed=n_timed, threads=numba.get_num_threads(),
+        first_calls_seconds=first_calls, kernels_from_cache=from_cache, kernels_compiled=compiled,
+        parameters={name: dict(n_weights=v.n_weights, n_timed=len(v.seconds), seconds=totals[name],
+                               median_trial=float(np.median(v.seconds))) for name, v in timed.items()})
+    configuration = f"{job}, hold=filter" if held else str(job)
+    return Row(configuration, what, sum(totals.values()) / n, "s/weight", measured, detail=detail)
+
+
+def search_rows(job, plan):
+    """Return the rows of RSO in one configuration."""
+    few, many = spread(plan.few), first(None if job.model in plan.whole else plan.many)
+    rows = [search_row(job, plan, "FullForward", few),
+            search_row(job, plan, "DeltaForward", many, evaluation="delta")]
+    if job.model == "paper_mnist" and presets.resolve(job.preset).order != "column_major":
+        rows += [search_row(job, plan, "DeltaForward", filters(plan.many), evaluation="delta", hold="filter")]
+    if job.model == "paper_mnist" and (threads := numba.get_num_threads()) > 1:
+        numba.set_num_threads(1)
+        rows += [search_row(job, plan, "DeltaForward, 1 thread", many, evaluation="delta")]
+        numba.set_num_threads(threads)
+        rows[-1].measured += f"; {threads} threads are {rows[-1].value / rows[1].value:.2f} x as fast"
+    if torch_or_none() is None:
+        return rows + [Row(str(job), what, None, "s/weight", NO_TORCH) for what in (THREE_PASSES, CACHED)]
+    rows += [search_row(job, plan, THREE_PASSES, few, TorchForward),
+             search_row(job, plan, CACHED, few, lambda network: TorchForward(network, cached=True))]
+    rows[-1].measured += ", without making that input"
+    return compared(rows, rows[-2])
+
+
+def compared(rows, peer):
+    """Return rows of seconds, with their ratios to those of `peer`."""
+    for row in rows:
+        if row.value and peer.value:
+            row.relative, row.against = peer.value / row.value, peer.what
+    return rows
+
+
+def sgd_rows(model, data, batch_size, plan, seed):
+    """Return the rows of an epoch of SGD, here and by PyTorch."""
+    n = len(data.train_images)
+    n_timed, rows, ends = n if model in plan.whole else min(n, plan.sgd_steps * batch_size), [], []
+    small, part = data.subset(min(n, 2 * batch_size), 1, seed), data.subset(n_timed, 1, seed)
+    measured = "whole epoch" if n_timed == n else f"sampled {n_timed:,} of {n:,} images"
+    for what, train in (("SGD", our_sgd), ("SGD, PyTorch", torch_sgd)):
+        rows.append(Row(f"{model}, batch {batch_size}, notebook", what, None, "s/epoch", NO_TORCH))
+        if train is torch_sgd and torch_or_none() is None:
+            return rows
+        networks = [models.build(model, data.image_shape, data.n_classes, seed, "notebook") for _ in range(2)]
+        train(networks[0], small, batch_size, seed)  # the first call of everything
+        ends.append(networks[0].weights)
+        np.testing.assert_allclose(ends[-1], ends[0], rtol=1e-4, atol=1e-6, err_msg=f"{what}, {model}")
+        sleep(plan.rest)
+        rows[-1].value = train(networks[1], part, batch_size, seed) * n / n_timed
+        rows[-1].measured, rows[-1].peak_mib = measured, peak_mib()
+    return compared(rows, rows[1])
+
+
+def rate_row(plan, name, what, operations, function, *arguments):
+    """Return the row of the median rate of seven calls of a function, after a first one."""
+    sleep(plan.rest)
+    seconds = timeit.repeat(lambda: function(*arguments), number=1, repeat=8)
+    return Row(name, what, float(operations / np.median(seconds[1:]) / 1e9), "GFLOP/s", "median of 7 calls")
+
+
+def kernel_rows(plan, seed):
+    """Return the rows of the 3x3 convolution of 16 to 16 channels, against NumPy's product of matrices."""
+    rng, torch, k = np.random.default_rng(seed), torch_or_none(), kernels.backend("cpu")
+    a = rng.standard_normal((plan.matrix, plan.matrix), np.float32)
+    rows = [rate_row(plan, f"sgemm {plan.matrix}", "NumPy", 2 * plan.matrix**3, np.matmul, a, a)]
+    weight, bias = rng.standard_normal((16, 16, 3, 3), np.float32), np.zeros(16, np.float32)
+    for size in (28, 14, 7):
+        images = rng.standard_normal((plan.images, 16, size, size), np.float32)
+        name, operations = f"conv 3x3 16->16, {plan.images} of {size}x{size}", 2 * 9 * 16 * images.size
+        x = k.pack(images)
+        rows.append(rate_row(plan, name, "conv2d_forward", operations, k.conv2d_forward, x, weight, bias))
+        if torch is None:
+            rows.append(Row(name, "PyTorch", None, "GFLOP/s", NO_TORCH))
+            continue
+        peer = torch.nn.functional.conv2d, *map(torch.from_numpy, (images, weight, bias)), 1, 1
+        y = k.unpack(k.conv2d_forward(x, weight, bias), len(images))
+        np.testing.assert_allclose(y, peer[0](*peer[1:]), rtol=1e-4, atol=1e-4, err_msg=name)
+        rows.append(rate_row(plan, name, "PyTorch", operations, *peer))
+    for row in rows:
+        row.relative, row.against = row.value and row.value / rows[0].value, "sgemm"
+    return rows
+
+
+def run(chosen, data, threads, plan, seed=0, batch_size=None, preset=None):
+    """Yield lists of `Row` as they are measured.
+
+    `chosen` are names in `CONFIGURATIONS`; `threads` those of Numba and PyTorch (NumPy's sgemm takes as
+    many as it likes); `batch_size` and `preset` replace those of every configuration.
+    """
+    numba.set_num_threads(threads)
+    if torch_or_none() is not None:
+        torch_or_none().set_num_threads(threads)
+    for model in chosen:
+        own_batch_size, own_preset, sgd_model = CONFIGURATIONS[model]
+        size = batch_size or min(own_batch_size, len(data.train_images) // 2)
+        yield search_rows(Job(model, data, size, preset or own_preset, seed), plan)
+        for sgd_batch_size in SGD_BATCH_SIZES:
+            yield sgd_rows(sgd_model, data, sgd_batch_size, plan, seed)
+    yield kernel_rows(plan, seed)

@@ -1,0 +1,227 @@
+"""The benchmark: which rows it prints and writes, what it skips, and that it compares equal things."""
+
+import json
+import sys
+
+import numba
+import numpy as np
+import pytest
+
+from rso_numba import bench, datasets, models, rso, sgd
+from rso_numba.__main__ import benchmark_table, main
+from rso_numba.evaluators import FullForward
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The tests change quickly between libraries, whose idle threads would take each other's cores."""
+    threads, torch = numba.get_num_threads(), bench.torch_or_none()
+    torch_threads = torch and torch.get_num_threads()
+    numba.set_num_threads(1)
+    if torch:
+        torch.set_num_threads(1)
+    yield
+    numba.set_num_threads(threads)
+    if torch:
+        torch.set_num_threads(torch_threads)
+
+
+@pytest.fixture(scope="module")
+def all_digits28():
+    return datasets.load_digits(size=28)
+
+
+@pytest.fixture(scope="module")
+def digits28(all_digits28):
+    return all_digits28.subset(80, 10, rng=0)
+
+
+def job_of(model, data, preset="notebook", batch_size=16):
+    return bench.Job(model, data, batch_size, preset, seed=0)
+
+
+@pytest.fixture
+def without_torch(monkeypatch, all_digits28):
+    monkeypatch.setitem(sys.modules, "torch", None)  # after the digits: SciPy stumbles over it, too
+    monkeypatch.setattr(datasets, "load", lambda *_: all_digits28)
+
+
+# ---- the command ----
+
+
+@pytest.fixture
+def written(tmp_path, capsys, without_torch, monkeypatch):
+    """Output and JSON of `rso-numba bench --quick` without PyTorch."""
+    path = tmp_path / "new" / "bench.json"
+    monkeypatch.setattr(bench, "QUICK", bench.Plan(1, 2, (), 1, images=16, matrix=32, rest=0.0))
+    arguments = ["bench", "--model", "one_conv", "--data", "digits28", "--quick", "--batch-size", "16",
+                 "--seed", "3", "--out", str(path)]
+    assert main(arguments) == 0
+    return capsys.readouterr().out, json.loads(path.read_text())
+
+
+def test_command_prints_a_table_and_writes_json(written):
+    out, result = written
+    rows = result["rows"]
+    assert {(row["what"], row["unit"]) for row in rows} == {
+        ("FullForward", "s/weight"), ("DeltaForward", "s/weight"), (bench.THREE_PASSES, "s/weight"),
+        (bench.CACHED, "s/weight"), ("SGD", "s/epoch"), ("SGD, PyTorch", "s/epoch"),
+        ("NumPy", "GFLOP/s"), ("conv2d_forward", "GFLOP/s"), ("PyTorch", "GFLOP/s")}
+    lines = out.splitlines()
+    assert len(lines) == len(rows) + 3  # header, rule, and what was written
+    column = lines[0].index("what")
+    assert all(line[column:].startswith(row["what"]) for line, row in zip(lines[2:-1], rows, strict=True))
+    assert lines[-1].startswith("wrote ")
+    assert result["seed"] == result["arguments"]["seed"] == 3 and result["threads"] >= 1
+    assert result["versions"]["numba"] and result["machine"]["cores"] >= 1 and result["command"]
+
+
+def test_without_torch_its_rows_are_skipped_visibly(written):
+    out, result = written
+    skipped = [row for row in result["rows"] if row["value"] is None]
+    assert {row["what"] for row in skipped} == {bench.THREE_PASSES, bench.CACHED, "SGD, PyTorch", "PyTorch"}
+    assert all(row["measured"] == bench.NO_TORCH and row["relative"] is None for row in skipped)
+    assert out.count("skipped: PyTorch is not installed; pip install 'rso_numba[bench]'") == len(skipped)
+    timed = [row for row in result["rows"] if row["value"] is not None]
+    assert len(timed) == 8 and all(0 < row["value"] < np.inf for row in timed)
+    assert not any("PyTorch" in row["against"] for row in result["rows"])
+
+
+def test_an_interrupted_benchmark_keeps_what_it_measured(tmp_path, capsys, monkeypatch, without_torch):
+    def run(*_):
+        yield [bench.Row("one_conv", "FullForward", 0.5, "s/weight", "sampled")]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run", run)
+    path = tmp_path / "bench.json"
+    assert main(["bench", "--quick", "--data", "digits28", "--out", str(path)]) == 130
+    assert "0.5000" in capsys.readouterr().out
+    assert [row["value"] for row in json.loads(path.read_text())["rows"]] == [0.5]
+
+
+def test_a_bad_batch_size_is_an_error_of_the_user(tmp_path, capsys, without_torch):
+    path = tmp_path / "bench.json"
+    assert main(["bench", "--quick", "--data", "digits28", "--model", "one_conv", "--batch-size", "9999",
+                 "--out", str(path)]) == 2
+    assert "9999" in capsys.readouterr().err and not path.exists()
+
+
+def test_table_is_aligned():
+    table = benchmark_table([bench.Row("a", "b", 1.5, "s/weight", "whole", 2.0, "peer", peak_mib=None),
+                             bench.Row("longer", "b", None, "s/weight", "skipped: why", peak_mib=10.0)])
+    header, rule, first, second = table.splitlines()
+    assert set(rule) == {"-"} and "2.00 x peer" in first and "skipped: why" in second
+    assert header.index("how") == first.index("whole") == second.index("skipped")
+
+
+# ---- how seconds are extrapolated ----
+
+
+def test_a_whole_visit_is_its_sum_and_a_sample_is_extrapolated():
+    assert bench.Visit(3, 1, [1.0, 2.0, 6.0]).total(0, 1) == 9
+    # one first trial as it is, and the median of the others for the other 9 weights
+    assert bench.Visit(10, 1, [5.0, 1.0, 1.0, 9.0]).total(1, 1) == 5 + 9 * 1
+    # means of two trials, of which the first is dear: (4 + 2) / 2 = 3, and 3, and 10
+    assert bench.Visit(100, 2, [4.0, 2.0, 4.0, 2.0, 10.0, 10.0]).total(0, 2) == 100 * 3
+    # more first trials than were timed
+    assert bench.Visit(10, 1, [5.0, 1.0]).total(12, 1) == 5 + 9 * 1
+
+
+def test_choices(digits28):
+    network = job_of("two_conv", digits28).network()
+    parameter = network.parameters()[2]  # (16, 16, 3, 3)
+    indices = list(np.ndindex(parameter.value.shape))
+    assert bench.first(3)(parameter, indices) == indices[:3]
+    assert bench.first(None)(parameter, indices) == indices
+    assert len(bench.filters(10)(parameter, indices)) == 2 * 144
+    assert len(bench.filters(300)(parameter, indices)) == 3 * 144
+    assert [index[0] for index in bench.spread(3)(parameter, indices)] == [0, 5, 10]
+    assert bench.spread(3)(parameter, indices[:2]) == indices[:2]
+
+
+def test_the_loop_that_is_timed_is_that_of_rso(digits28):
+    job = job_of("one_conv", digits28)
+    timed = bench.timed_visits(job, bench.first(None), evaluation="full", trained=("bias",))
+    assert {name: (visit.n_weights, len(visit.seconds)) for name, visit in timed.items()} \
+        == {"dense1.bias": (10, 10), "conv1.bias": (4, 4)}
+    assert rso.visits is bench.visits  # put back
+
+    trials = list(rso.trials(job.network(), digits28, 1, 16, "notebook", evaluation="full",
+                             rng=np.random.default_rng([0, 1]), trained=("bias",)))
+    # the first trial is made twice and counted once, so the second is the first that is counted
+    assert len(trials) == 14 == sum(len(visit.losses) for visit in timed.values())
+
+
+def test_kernels_loaded_counts_compiled_functions(digits28):
+    judge = FullForward(job_of("one_conv", digits28).network())
+    judge.set_batch(digits28.train_images, digits28.train_labels)
+    from_cache, compiled = bench.kernels_loaded()
+    assert from_cache + compiled > 0
+
+
+# ---- the peer ----
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("model, preset", [
+    ("one_conv", "paper"), ("two_conv", "notebook"), ("original", "notebook"), ("paper_mnist", "authors")])
+def test_torch_gives_the_same_losses(model, preset, cached, digits28, rng):
+    pytest.importorskip("torch")
+    network = models.build(model, digits28.image_shape, 10, rng, preset)
+    network.fit_scaling(digits28.train_images)
+    network.weights += rng.normal(0, 0.01, network.n_weights).astype(np.float32)
+    before = network.weights.copy()
+    ours, peer = FullForward(network), bench.TorchForward(network, cached)
+    for judge in (ours, peer):
+        judge.set_batch(digits28.train_images[:10], digits28.train_labels[:10])
+    for parameter in network.parameters():
+        index = tuple(int(rng.integers(n)) for n in parameter.value.shape)
+        candidates = parameter.value[index] + np.float32([0, 0.3, -0.3])
+        expected = ours.losses(parameter, index, candidates)
+        losses = peer.losses(parameter, index, candidates)
+        np.testing.assert_allclose(losses, expected, rtol=1e-4, err_msg=str(parameter))
+    assert np.array_equal(network.weights, before)
+    assert peer.not_counted > 0
+
+
+def test_torch_sgd_ends_with_the_same_weights(digits28):
+    pytest.importorskip("torch")
+    ours, peer = (job_of("original", digits28).network() for _ in range(2))
+    sgd.train(ours, digits28, 1, 32, bench.LEARNING_RATE, rng=5)
+    assert bench.torch_sgd(peer, digits28, 32, rng=5) > 0
+    np.testing.assert_allclose(peer.weights, ours.weights, rtol=1e-4, atol=1e-6)
+
+
+def test_with_torch_every_row_is_compared(digits28):
+    pytest.importorskip("torch")
+    rows = bench.search_rows(job_of("one_conv", digits28), bench.QUICK)
+    assert [row.what for row in rows] == ["FullForward", "DeltaForward", bench.THREE_PASSES, bench.CACHED]
+    for row in rows:
+        assert row.relative == rows[2].value / row.value and row.against == bench.THREE_PASSES
+        assert row.measured.startswith("sampled ") and row.detail["n_weights"] == 7890
+        assert row.detail["round_seconds"] == pytest.approx(7890 * row.value)
+
+
+def test_other_losses_than_those_of_full_forward_are_refused(digits28):
+    class Wrong(FullForward):
+        def losses(self, parameter, index, candidates):
+            return super().losses(parameter, index, candidates) * 1.001
+
+    with pytest.raises(AssertionError, match="wrong, dense1.weight"):
+        bench.search_row(job_of("one_conv", digits28), bench.QUICK, "wrong", bench.first(1), Wrong)
+
+
+def test_paper_mnist_has_rows_for_held_batches_and_one_thread(digits28, without_torch, monkeypatch):
+    threads = [2]
+    monkeypatch.setattr(bench.numba, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(bench.numba, "set_num_threads", threads.append)
+
+    def search_row(job, plan, what, choose, judge_of=None, **arguments):
+        return bench.Row(str(job), what, 1 / threads[-1], "s/weight", "sampled", detail=arguments)
+
+    monkeypatch.setattr(bench, "search_row", search_row)
+    rows = bench.search_rows(job_of("paper_mnist", digits28, "authors"), bench.QUICK)
+    assert [row.what for row in rows[:4]] == [
+        "FullForward", "DeltaForward", "DeltaForward", "DeltaForward, 1 thread"]
+    assert rows[2].detail == {"evaluation": "delta", "hold": "filter"}
+    assert threads == [2, 1, 2] and rows[3].measured == "sampled; 2 threads are 2.00 x as fast"
