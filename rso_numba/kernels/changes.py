@@ -12,7 +12,7 @@ from numba import prange
 
 from .compiling import formula, kernel, parallel_kernel
 from .cpu import padded_scratch
-from .lanes import LANES
+from .lanes import LANES, fill, load, multiply_add, store
 from .memory import empty
 from .products import conv2d_blocks
 
@@ -175,15 +175,14 @@ def replay_block(z, x, channel, row, column, amount, step):
     share = amount / np.float32(step * step)
     for h in range(z.shape[0]):
         for w in range(z.shape[1]):
+            value = load(z, (h, w))
             if channel < 0:
-                for lane in range(LANES):
-                    z[h, w, lane] += amount
-                continue
-            for i in range(step * h + row, step * h + row + step):
-                for j in range(step * w + column, step * w + column + step):
-                    if 0 <= i < x.shape[1] and 0 <= j < x.shape[2]:
-                        for lane in range(LANES):
-                            z[h, w, lane] += share * x[channel, i, j, lane]
+                value = multiply_add(amount, fill(ONE), value)
+            else:
+                for i in range(max(step * h + row, 0), min(step * h + row + step, x.shape[1])):
+                    for j in range(max(step * w + column, 0), min(step * w + column + step, x.shape[2])):
+                        value = multiply_add(share, load(x, (channel, i, j)), value)
+            store(z, (h, w), value)
 
 
 def by_feature(x, n_ones=0):

@@ -29,6 +29,7 @@ from . import formulas
 from .compiling import formula, kernel, parallel_kernel
 from .lanes import LANES
 from .memory import empty
+from .norms import batchnorm_gradient_blocks, product_blocks, statistics_blocks
 from .pools import (
     avgpool_blocks,
     avgpool_gradient_blocks,
@@ -45,7 +46,6 @@ ZERO = np.float32(0)
 relu = formula(formulas.relu)
 relu_gradient = formula(formulas.relu_gradient)
 maximum = formula(formulas.maximum)
-batchnorm_gradient = formula(formulas.batchnorm_gradient)
 exp_difference = formula(formulas.exp_difference)
 image_loss = formula(formulas.cross_entropy)
 image_loss_gradient = formula(formulas.cross_entropy_gradient)
@@ -153,40 +153,26 @@ def dense_backward(x, weight, dy):
 
 def channel_totals(x):
     """Return the sums (C,) of each channel over all lanes and pixels."""
-    sums = np.empty(x.shape[:2], np.float64)
-    zero = np.zeros(x.shape[1], x.dtype)
-    moment_blocks(by_channel(x), zero, 1, len(x) * LANES, sums)
+    sums, _ = block_statistics(by_channel(x), len(x) * LANES)
     return add_blocks(sums, x.dtype)
 
 
 def batchnorm_statistics(x, n_images):
     """Return mean and (biased) variance of each channel over images and pixels."""
     x = by_channel(x)
-    sums = np.empty(x.shape[:2], np.float64)
-    moment_blocks(x, np.zeros(x.shape[1], x.dtype), 1, n_images, sums)
-    mean = sums.sum(axis=0) / (n_images * x.shape[2])
-    moment_blocks(x, mean.astype(x.dtype), 2, n_images, sums)  # around the mean: nothing cancels
-    variance = sums.sum(axis=0) / (n_images * x.shape[2])
-    return mean.astype(x.dtype), variance.astype(x.dtype)
+    sums, squares = block_statistics(x, n_images)
+    counts = np.minimum(LANES, n_images - LANES * np.arange(len(x)))[:, None] * x.shape[2]
+    mean = sums.sum(axis=0) / counts.sum()
+    # squares are taken around the mean of their block; moving them to the common mean cancels nothing
+    squares += counts * (sums / counts - mean) ** 2
+    return mean.astype(x.dtype), (squares.sum(axis=0) / counts.sum()).astype(x.dtype)
 
 
-@parallel_kernel
-def moment_blocks(x, center, power, n_images, sums):
-    # x (n_blocks, C, n_pixels, LANES), center (C,), sums (n_blocks, C) of (x - center) ** power, power 1 or 2
-    for b in prange(x.shape[0]):
-        for c in range(x.shape[1]):
-            sums[b, c] = moment(x[b, c], center[c], power, min(LANES, n_images - b * LANES))
-
-
-@kernel
-def moment(x, center, power, n_lanes):
-    # x (n_pixels, LANES) -> sum of (x - center) ** power over the first n_lanes lanes, in float64
-    total = 0.0
-    for p in range(x.shape[0]):
-        for lane in range(LANES):
-            difference = np.float64(x[p, lane] - center) if lane < n_lanes else 0.0
-            total += difference if power == 1 else difference * difference
-    return total
+def block_statistics(x, n_images):
+    """Return sums and sums of squares around the mean, of every block and channel, (n_blocks, C) float64."""
+    sums, squares = np.empty(x.shape[:2]), np.empty(x.shape[:2])
+    statistics_blocks(x, n_images, sums, squares)
+    return sums, squares
 
 
 def batchnorm_backward(x, dy, mean, variance, gamma, epsilon, n_images):
@@ -201,41 +187,6 @@ def batchnorm_backward(x, dy, mean, variance, gamma, epsilon, n_images):
     arguments = mean, inverse_std, gamma, *means, n_images
     batchnorm_gradient_blocks(by_channel(x), by_channel(dy), *arguments, by_channel(dx))
     return dx, dgamma.astype(x.dtype), dbeta.astype(x.dtype)
-
-
-@parallel_kernel
-def product_blocks(x, dy, mean, inverse_std, n_images, sums):
-    # x, dy (n_blocks, C, n_pixels, LANES), mean and inverse_std (C,)
-    # sums (2, n_blocks, C): of dy, and of dy * normalized x
-    for b in prange(x.shape[0]):
-        for c in range(x.shape[1]):
-            n_lanes = min(LANES, n_images - b * LANES)
-            sums[0, b, c] = moment(dy[b, c], ZERO, 1, n_lanes)
-            sums[1, b, c] = product(x[b, c], dy[b, c], mean[c], n_lanes) * inverse_std[c]
-
-
-@kernel
-def product(x, dy, mean, n_lanes):
-    # x, dy (n_pixels, LANES) -> sum of (x - mean) * dy over the first n_lanes lanes, in float64
-    total = 0.0
-    for p in range(x.shape[0]):
-        for lane in range(LANES):
-            total += np.float64((x[p, lane] - mean) * dy[p, lane]) if lane < n_lanes else 0.0
-    return total
-
-
-@parallel_kernel
-def batchnorm_gradient_blocks(x, dy, mean, inverse_std, gamma, mean_dy, mean_dy_normalized, n_images, dx):
-    # x, dy, dx (n_blocks, C, n_pixels, LANES), the others (C,)
-    for b in prange(x.shape[0]):
-        for c in range(x.shape[1]):
-            for p in range(x.shape[2]):
-                for lane in range(LANES):
-                    gradient = batchnorm_gradient(
-                        x[b, c, p, lane], dy[b, c, p, lane],
-                        mean[c], inverse_std[c], gamma[c], mean_dy[c], mean_dy_normalized[c],
-                    )
-                    dx[b, c, p, lane] = gradient if b * LANES + lane < n_images else ZERO
 
 
 def relu_forward(x):

@@ -1,0 +1,91 @@
+"""The kernels of BatchNorm, on packed images, (n_blocks, ..., LANES), as drawn in `cpu.py`.
+
+Sums over images leave out the lanes that hold none, and end in float64, block by block.
+"""
+
+import numpy as np
+from numba import prange
+
+from . import formulas
+from .compiling import formula, kernel, parallel_kernel
+from .lanes import LANES, add_up, fill, load, multiply_add
+
+ZERO = np.float32(0)
+
+batchnorm_gradient = formula(formulas.batchnorm_gradient)
+
+
+@parallel_kernel
+def statistics_blocks(x, n_images, sums, squares):
+    # x (n_blocks, C, n_pixels, LANES), sums and squares (n_blocks, C)
+    for b in prange(x.shape[0]):
+        n_lanes = min(LANES, n_images - b * LANES)
+        for c in range(x.shape[1]):
+            if n_lanes == LANES:
+                total = deviations(x[b, c], x.dtype.type(0), False)
+                mean = x.dtype.type(total / (x.shape[2] * LANES))
+                square = deviations(x[b, c], mean, True)
+            else:
+                total = moment(x[b, c], x.dtype.type(0), 1, n_lanes)
+                mean = x.dtype.type(total / (x.shape[2] * n_lanes))
+                square = moment(x[b, c], mean, 2, n_lanes)
+            sums[b, c], squares[b, c] = total, square
+
+
+@kernel
+def deviations(x, center, squared):
+    # x (n_pixels, LANES) -> sum of x - center or of its square: 32 pixels in the type of x, then in float64
+    result = 0.0
+    for first in range(0, x.shape[0], 32):
+        total = fill(x.dtype.type(0))
+        for p in range(first, min(first + 32, x.shape[0])):
+            deviation = multiply_add(x.dtype.type(1), load(x, (p,)), fill(-center))
+            total = multiply_add(deviation, deviation if squared else fill(x.dtype.type(1)), total)
+        result += add_up(total)
+    return result
+
+
+@kernel
+def moment(x, center, power, n_lanes):
+    # x (n_pixels, LANES) -> sum of (x - center) ** power over the first n_lanes lanes, power 1 or 2
+    total = 0.0
+    for p in range(x.shape[0]):
+        for lane in range(LANES):
+            difference = np.float64(x[p, lane] - center) if lane < n_lanes else 0.0
+            total += difference if power == 1 else difference * difference
+    return total
+
+
+@parallel_kernel
+def product_blocks(x, dy, mean, inverse_std, n_images, sums):
+    # x, dy (n_blocks, C, n_pixels, LANES), mean and inverse_std (C,)
+    # sums (2, n_blocks, C): of dy, and of dy * normalized x
+    for b in prange(x.shape[0]):
+        for c in range(x.shape[1]):
+            n_lanes = min(LANES, n_images - b * LANES)
+            sums[0, b, c] = moment(dy[b, c], ZERO, 1, n_lanes)
+            sums[1, b, c] = product(x[b, c], dy[b, c], mean[c], n_lanes) * inverse_std[c]
+
+
+@kernel
+def product(x, dy, mean, n_lanes):
+    # x, dy (n_pixels, LANES) -> sum of (x - mean) * dy over the first n_lanes lanes, in float64
+    total = 0.0
+    for p in range(x.shape[0]):
+        for lane in range(LANES):
+            total += np.float64((x[p, lane] - mean) * dy[p, lane]) if lane < n_lanes else 0.0
+    return total
+
+
+@parallel_kernel
+def batchnorm_gradient_blocks(x, dy, mean, inverse_std, gamma, mean_dy, mean_dy_normalized, n_images, dx):
+    # x, dy, dx (n_blocks, C, n_pixels, LANES), the others (C,)
+    for b in prange(x.shape[0]):
+        for c in range(x.shape[1]):
+            for p in range(x.shape[2]):
+                for lane in range(LANES):
+                    gradient = batchnorm_gradient(
+                        x[b, c, p, lane], dy[b, c, p, lane],
+                        mean[c], inverse_std[c], gamma[c], mean_dy[c], mean_dy_normalized[c],
+                    )
+                    dx[b, c, p, lane] = gradient if b * LANES + lane < n_images else ZERO
