@@ -20,7 +20,7 @@ from .files import written_beside
 DEFAULTS = {
     "digits": dict(rounds=8, batch_size=1024, epochs=30),
     "digits28": dict(rounds=2, batch_size=512, epochs=30),
-    "mnist": dict(rounds=10, batch_size=1024, epochs=10),
+    "mnist": dict(rounds=10, batch_size=256, epochs=10),
 }
 PACKAGES = ("numpy", "numba", "llvmlite", "matplotlib", "scikit-learn")
 

@@ -273,7 +273,7 @@ def kernels_loaded():
     modules = [module for name, module in list(sys.modules.items()) if name.startswith(f"{__package__}.")]
     stats = {id(f): f.stats for module in modules for f in vars(module).values() if hasattr(f, "stats")}
     counts = [(sum(s.cache_hits.values()), sum(s.cache_misses.values())) for s in stats.values()]
-    return np.sum(counts, axis=0)
+    return np.sum(counts, axis=0, dtype=int)
 
 
 def search_row(job, plan, what, choose, judge_of=None, evaluation="full", **arguments):
