@@ -51,8 +51,8 @@ class Preset:
     unit : {"weight", "filter", "layer", "network"}
         What one trial changes at once.
     hold : {"weight", "filter"}
-        How long a mini-batch is used: for one trial, or for all weights of one output channel,
-        which saves computing the unchanged loss (row-major orders only).
+        How long a mini-batch is used: for one trial, or as long as the visits stay in one output
+        channel, which saves computing the unchanged loss. Needs `unit="weight"`.
     """
 
     scaling: str = "standardize"
@@ -139,6 +139,8 @@ def resolve(preset="paper", **overrides):
             raise ValueError(f"sigma is {value!r}; expected a positive number or one of {choices}")
         if not is_number and value not in choices:
             raise ValueError(f"{name} is {value!r}; expected one of {choices}")
+    if settings.hold == "filter" and settings.unit != "weight":
+        raise ValueError(f"hold is 'filter' and unit is {settings.unit!r}; expected unit='weight' with it")
     if not 0 <= settings.weight_decay < 1:
         raise ValueError(f"weight_decay is {settings.weight_decay!r}; expected 0 <= weight_decay < 1")
     unknown = [name for name in settings.trained if name not in EVERYTHING]

@@ -81,11 +81,6 @@ def smallest(losses):
     return losses.index(min(losses))
 
 
-def starts_filter(index):
-    """Return whether `index` is the first weight of its output channel, or no single weight."""
-    return not isinstance(index, tuple) or not any(index[1:])
-
-
 def _search(network, data, rounds, batch_size, settings, judge, rng):
     round_visits = visits(network, settings, rng)  # line 1
     batches = POLICIES[settings.batches](data, batch_size, rng)
@@ -94,9 +89,11 @@ def _search(network, data, rounds, batch_size, settings, judge, rng):
         factor = annealing_factor(settings.annealing, c - 1, rounds)
         for parameter, indices, sigma in round_visits:  # line 3
             batches.begin(parameter)
+            held_for = None  # output channel that the mini-batch is held for
             for index in indices:  # line 4
-                if settings.hold == "weight" or starts_filter(index):
+                if settings.hold == "weight" or index[0] != held_for:
                     judge.set_batch(*batches.draw())  # line 5
+                    held_for = index[0] if settings.hold == "filter" else None
                 before = parameter.value[index].copy()
                 delta = np.float32(draw_step(rng, settings.step, factor * sigma, before.shape))  # line 6
                 w = before * decay

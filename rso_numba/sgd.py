@@ -45,6 +45,14 @@ def _gradients(network, images, labels, k, momentum):
     return [run.gradients[p.layer, p.name] for p in network.parameters()]
 
 
+def _step(network, images, labels, k, velocity, learning_rate, momentum, weight_decay):
+    gradient = _gradients(network, images, labels, k, RUNNING_MOMENTUM)
+    velocity *= np.float32(momentum)
+    velocity += np.concatenate([g.ravel() for g in gradient])
+    velocity += np.float32(weight_decay) * network.weights
+    network.weights -= np.float32(learning_rate) * velocity
+
+
 def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=0.0, *,
           weight_decay=0.0, validation_fraction=0.0, backend="cpu", rng=None, progress=False,
           history=None):
@@ -85,14 +93,11 @@ def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=
         If an argument is out of range or does not fit the data.
     """
     check_training(network, data, epochs, batch_size, "epochs")
-    for name, value, low, high in (
-        ("learning_rate", learning_rate, 0, np.inf),
-        ("momentum", momentum, 0, 1),
-        ("weight_decay", weight_decay, 0, 1),
-        ("validation_fraction", validation_fraction, 0, 1),
-    ):
-        if not low <= value < high:
-            raise ValueError(f"{name} is {value!r}; expected {low} <= {name} < {high}")
+    highs = {"learning_rate": np.inf, "momentum": 1, "weight_decay": 1, "validation_fraction": 1}
+    values = learning_rate, momentum, weight_decay, validation_fraction
+    for (name, high), value in zip(highs.items(), values, strict=True):
+        if not 0 <= value < high:
+            raise ValueError(f"{name} is {value!r}; expected 0 <= {name} < {high}")
     rng, k = np.random.default_rng(rng), kernels.backend(backend)
     network.fit_scaling(data.train_images)
     order = rng.permutation(len(data.train_images))
@@ -112,11 +117,7 @@ def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 images, labels = data.train_images[chosen], data.train_labels[chosen]
-                gradient = _gradients(network, images, labels, k, RUNNING_MOMENTUM)
-                velocity *= np.float32(momentum)
-                velocity += np.concatenate([g.ravel() for g in gradient])
-                velocity += np.float32(weight_decay) * network.weights
-                network.weights -= np.float32(learning_rate) * velocity
+                _step(network, images, labels, k, velocity, learning_rate, momentum, weight_decay)
                 history.add_step(len(images), network.n_weights)
                 bar.update()
             history.seconds += perf_counter() - begin

@@ -264,3 +264,16 @@ def test_a_larger_unit_takes_each_weights_own_sigma():
     assert sorted(positions) == [*range(36), *range(40, 7880)]  # no biases
     np.testing.assert_array_equal(sigma[positions < 36], own["conv1.weight"])
     np.testing.assert_array_equal(sigma[positions >= 40], own["dense1.weight"])
+
+
+def test_hold_filter_keeps_the_batch_of_an_output_channel(small, monkeypatch):
+    drawn, draw = [], Fresh.draw
+    monkeypatch.setattr(Fresh, "draw", lambda self: drawn.append(1) or draw(self))
+    network, trials = some_trials(small, n=None, hold="filter")
+    assert len(trials) == 690
+    assert len(drawn) == 10 + 10 + 4 + 4  # rows of dense weights, each bias, filters, each bias
+    drawn.clear()
+    some_trials(small, n=None, hold="filter", order="column_major")
+    assert len(drawn) == 640 + 10 + 4 + 4  # the channel changes with every dense weight
+    with pytest.raises(ValueError, match="hold is 'filter' and unit is 'layer'"):
+        some_trials(small, hold="filter", unit="layer")
