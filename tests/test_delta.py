@@ -59,7 +59,7 @@ def test_every_weight_before_and_after_accepted_changes(name, n, rng):
 
 @pytest.mark.parametrize("preset", ["paper", "authors", "notebook"])
 @pytest.mark.parametrize("hold", ["weight", "filter"])
-@pytest.mark.parametrize("name", ["one_conv", "original", "paper_mnist"])
+@pytest.mark.parametrize("name", ["one_conv", "original", "paper_mnist", "flatten only"])
 def test_a_whole_round_decides_alike(name, hold, preset, rng):
     """Decisions differ only at ties closer than 1e-5: those are counted, and then followed."""
     images, labels = rng.random((40, 1, 6, 5), np.float32), rng.integers(3, size=40)

@@ -128,6 +128,13 @@ def test_scaling_follows_the_preset(preset, mean, std):
     assert network.layers[0].mean == mean  # the first training decides
 
 
+def test_a_constant_channel_becomes_zero():
+    network = build("one_conv", (1, 4, 4), preset="paper")
+    network.fit_scaling(np.full((3, 1, 4, 4), 0.5, np.float32))
+    assert (network.layers[0].mean, network.layers[0].std) == (0.5, 1)
+    assert np.isfinite(network.forward(np.full((1, 1, 4, 4), 0.5, np.float32))).all()
+
+
 def test_parameters_are_views_of_the_weights():
     network = build("one_conv", rng=0)
     network.parameters()[0].value[0, 0, 0, 0] = 42
