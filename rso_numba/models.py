@@ -124,6 +124,14 @@ class Network:
         """Whether any layer is a BatchNorm."""
         return any(isinstance(leaf, BatchNorm) for leaf in self.leaves)
 
+    def views(self, vector):
+        """Return `vector` (n_weights,) cut up as the weights are: views of it, by `str(parameter)`."""
+        views, start = {}, 0
+        for parameter in self._parameters:
+            shape, stop = parameter.value.shape, start + parameter.value.size
+            views[str(parameter)], start = vector[start:stop].reshape(shape), stop
+        return views
+
     def initialize(self, init, rng=None):
         """Draw the initial weights.
 

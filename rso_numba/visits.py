@@ -36,14 +36,11 @@ def visits(network, settings, rng):
         groups = {layer: [p for p in order if p.layer == layer] for layer in layers}
     else:
         groups = {"network": order}
-    positions = {}
-    for parameter in network.parameters():
-        start = sum(map(len, positions.values()))
-        positions[str(parameter)] = np.arange(start, start + parameter.value.size)
+    positions = network.views(np.arange(network.n_weights))
     return [
         (
             Parameter(name, "weights", network.weights),
-            [np.concatenate([positions[str(p)] for p in group])],
+            [np.concatenate([positions[str(p)].ravel() for p in group])],
             np.concatenate([np.full(p.value.size, sigma[str(p)]) for p in group]),
         )
         for name, group in groups.items()

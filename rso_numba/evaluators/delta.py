@@ -125,10 +125,7 @@ class DeltaForward:
         self.batch, self.key = None, None
         self.known = network.weights.copy()  # the weights that everything remembered belongs to
         self.equal = np.empty(network.n_weights, np.bool_)
-        self.known_value, start = {}, 0
-        for p in network.parameters():
-            self.known_value[str(p)] = self.known[start : start + p.value.size].reshape(p.value.shape)
-            start += p.value.size
+        self.known_value = network.views(self.known)
         self._forget(None)
 
     def _forget(self, d):
