@@ -26,7 +26,7 @@ from .layers import (
     Standardize,
 )
 
-CHUNK = 1000  # images that pass through the network at once, to bound the memory of activations
+CHUNK = 256  # images that pass through the network at once: few enough that activations stay in the cache
 
 
 @dataclass(frozen=True, eq=False)

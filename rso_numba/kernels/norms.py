@@ -16,20 +16,23 @@ batchnorm_gradient = formula(formulas.batchnorm_gradient)
 
 
 @parallel_kernel
-def statistics_blocks(x, n_images, sums, squares):
-    # x (n_blocks, C, n_pixels, LANES), sums and squares (n_blocks, C)
+def statistics_blocks(x, n_images, statistics):
+    # x (n_blocks, C, H, W, LANES), statistics (2, n_blocks, C)
     for b in prange(x.shape[0]):
-        n_lanes = min(LANES, n_images - b * LANES)
         for c in range(x.shape[1]):
-            if n_lanes == LANES:
-                total = deviations(x[b, c], x.dtype.type(0), False)
-                mean = x.dtype.type(total / (x.shape[2] * LANES))
-                square = deviations(x[b, c], mean, True)
-            else:
-                total = moment(x[b, c], x.dtype.type(0), 1, n_lanes)
-                mean = x.dtype.type(total / (x.shape[2] * n_lanes))
-                square = moment(x[b, c], mean, 2, n_lanes)
-            sums[b, c], squares[b, c] = total, square
+            statistics[0, b, c], statistics[1, b, c] = block_statistics(x[b, c], n_images - b * LANES)
+
+
+@kernel
+def block_statistics(x, n_lanes):
+    # x (H, W, LANES) -> sum, and sum of squares around the mean, over the first n_lanes lanes (or all)
+    x = x.reshape(-1, LANES)
+    zero = x.dtype.type(0)
+    if n_lanes >= LANES:
+        total = deviations(x, zero, False)
+        return total, deviations(x, x.dtype.type(total / (x.shape[0] * LANES)), True)
+    total = moment(x, zero, 1, n_lanes)
+    return total, moment(x, x.dtype.type(total / (x.shape[0] * n_lanes)), 2, n_lanes)
 
 
 @kernel
