@@ -34,6 +34,8 @@ class Pass:
         Where layers keep what their backward needs; None in passes that have no backward.
     gradients : dict
         Gradient of every parameter, by (layer name, parameter name), filled by backward.
+    first : Layer or None
+        Where backward ends: the first layer with weights, whose own input needs no gradient.
     """
 
     kernels: object
@@ -43,6 +45,7 @@ class Pass:
     statistics: dict = field(default_factory=dict)
     saved: dict | None = None
     gradients: dict = field(default_factory=dict)
+    first: object = None
 
     def save(self, layer, *arrays):
         """Keep `arrays` for the backward of `layer`, if there will be one."""
@@ -124,9 +127,6 @@ class Standardize(Layer):
         scale = (1 / self.std).astype(x.dtype)
         return run.kernels.scale_shift(x, scale, (-self.mean / self.std).astype(x.dtype))
 
-    def backward(self, dy, run):
-        return None  # nothing below has weights
-
 
 @dataclass(eq=False)
 class Conv2D(Layer):
@@ -159,7 +159,7 @@ class Conv2D(Layer):
 
     def backward(self, dy, run):
         (x,) = run.saved[self.name]
-        dx, dweight, dbias = run.kernels.conv2d_backward(x, self.weight, dy)
+        dx, dweight, dbias = run.kernels.conv2d_backward(x, self.weight, dy, run.first is not self)
         run.collect(self, weight=dweight, bias=dbias)
         return dx
 

@@ -80,7 +80,7 @@ class DeltaForward:
         If the network is no chain of mixing and channelwise layers that ends in a dense layer.
     """
 
-    def __init__(self, network, momentum=0.0, memory=4.5e9):
+    def __init__(self, network, momentum=0.0, memory=3.5e9):
         self.network, self.momentum, self.arena = network, momentum, Arena(memory)
         self.head, self.stages = cut(network)
         self.stage_of = {layer.name: d for d, stage in enumerate(self.stages)
@@ -126,7 +126,7 @@ class DeltaForward:
         before = parameter.value[index]
         try:
             if candidates[0] != before and d < len(self.stages) - 1:
-                # weight decay: the loss of the decayed weight is asked for anyway, and both others start from it
+                # weight decay: the decayed weight is what both other candidates start from
                 parameter.value[index] = candidates[0]
                 self._note(parameter, index, candidates[0])
             steps = np.array([float(c) - float(parameter.value[index]) for c in candidates], np.float32)
@@ -274,11 +274,11 @@ class DeltaForward:
         batch.statistics.update(change.later_statistics)
 
     def _u(self, batch, channel, where, amounts):
-        """Return the map u that weights of one output channel add to it, and its moments if a BatchNorm is next."""
+        """Return the map u that weights of an output channel add to it; its moments if a BatchNorm is next."""
         stage, taps = self.stages[self.d], where[:, 1] != NO_TAP
         mean = float(batch.statistics[stage.norm.name][0][channel]) if stage.norm else None
-        return changes.change_of_channel(batch.x, where[taps, 1:], amounts[taps], stage.step, batch.z, channel,
-                                         mean, len(batch.labels))
+        return changes.change_of_channel(batch.x, where[taps, 1:], amounts[taps], stage.step,
+                                         batch.z, channel, mean, len(batch.labels))
 
     def _change(self, batch, channel, u, moments, amount):
         """Return what z[channel] + amount * u makes of z_next."""
@@ -293,7 +293,8 @@ class DeltaForward:
             change, tail = a - batch.a[:, channels], no_tail(a)
         else:
             if stage.norm:
-                statistics = _moved(*(s[channels] for s in batch.statistics[stage.norm.name]), moments, amount)
+                known = (s[channels] for s in batch.statistics[stage.norm.name])
+                statistics = _moved(*known, moments, amount)
                 run.statistics[stage.norm.name] = statistics
             before = batch.tail._replace(scale=batch.tail.scale[channels], shift=batch.tail.shift[channels])
             tail = stage.tail(1, statistics, channels)
@@ -324,7 +325,7 @@ def _moved(mean, variance, moments, amount):
 
 
 def _where(parameter, index):
-    """Return output channel, input channel (or BIAS, NO_TAP), row and column of a weight; the last relative."""
+    """Return output channel, input channel (or BIAS, NO_TAP), row and column (relative) of a weight."""
     if parameter.name in ("gamma", "beta"):
         return index[0], NO_TAP, 0, 0
     if parameter.name == "bias":

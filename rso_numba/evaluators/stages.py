@@ -37,10 +37,10 @@ class Stage:
             self.norm, self.relu, self.pool = None, False, tails.KEEP
 
     def mix(self, z, tail, n_images, channels=slice(None), start=None):
-        """Return the output of the mixing layer, and mean and variance of its channels if a BatchNorm needs them.
+        """Return the output of the mixing layer; mean and variance of its channels if a BatchNorm needs them.
 
-        Its input is what `tail` (or None) makes of z. With `channels` z holds only these channels of the input, and
-        `start` is what the others contribute.
+        Its input is what `tail` (or None) makes of z. With `channels` z holds only these channels of the
+        input, and `start` is what the others contribute.
         """
         if tail is None:  # the input itself, and a dense layer does not mind in which shape
             z = cpu.as_row(z) if isinstance(self.mixing, Dense) else z

@@ -11,8 +11,9 @@ import numpy as np
 from numba import get_num_threads, get_thread_id, prange
 
 from .compiling import kernel, parallel_kernel
-from .lanes import LANES, add_up, fill, load, multiply_add, store
+from .lanes import LANES, fill, load, multiply_add, store
 from .memory import empty
+from .norms import moment_block
 from .softmax import fast_exp
 from .tails import enter, pooled_shape
 
@@ -22,7 +23,7 @@ CHUNK = 16 * LANES  # images that one thread takes care of in the last layer
 
 
 def merged_with_avgpool(weight):
-    """Return filters (C_out, C_in, k + 1, k + 1) whose convolution of stride 2 gives the 2x2 means of that of weight."""
+    """Return filters (C_out, C_in, k + 1, k + 1): their convolution of stride 2 has the 2x2 means of weight's."""
     size = weight.shape[2]
     merged = np.zeros((*weight.shape[:2], size + 1, size + 1), weight.dtype)
     for i in (0, 1):
@@ -69,8 +70,8 @@ def change_of_channel(x, taps, amounts, step, z, k, mean, n_images):
 
 @parallel_kernel
 def shift_blocks(x, taps, amounts, step, u, z, k, mean, n_images, sums):
-    # x (n_blocks, C_in, step * h, step * w, LANES), taps (n, 3), amounts (n,), u (n_blocks, 1, h, w, LANES)
-    # z (n_blocks, C_out, h, w, LANES), sums (3, n_blocks) of u, (z - mean) u and u u, or of no blocks
+    # x (n_blocks, C_in, step * h, step * w, LANES), taps (n, 3), amounts (n,)
+    # u (n_blocks, 1, h, w, LANES), z (n_blocks, C_out, h, w, LANES), sums (3, n_blocks) of u, (z - mean) u and u u, or of no blocks
     for b in prange(x.shape[0]):
         shift_block(x[b], taps, amounts, step, u[b, 0])
         if sums.shape[1] > 0:
@@ -94,28 +95,6 @@ def shift_block(x, taps, amounts, step, u):
                 for w in range(first, min(last, u.shape[1])):
                     moved = load(x, (c, row, step * w + column))
                     store(u, (h, w), multiply_add(amount, moved, load(u, (h, w))))
-
-
-@kernel
-def moment_block(z, u, mean, n_lanes):
-    # z, u (H, W, LANES) -> sums of u, (z - mean) u and u u over the real lanes: row by row in float32, then in
-    # float64
-    lanes = np.empty(LANES, np.float32)
-    for lane in range(LANES):
-        lanes[lane] = np.float32(lane < n_lanes)
-    is_real = load(lanes, ())
-    total_u = total_zu = total_uu = 0.0
-    for h in range(u.shape[0]):
-        row_u = row_zu = row_uu = fill(ZERO)
-        for w in range(u.shape[1]):
-            value = multiply_add(is_real, load(u, (h, w)), fill(ZERO))
-            row_u = multiply_add(ONE, value, row_u)
-            row_zu = multiply_add(multiply_add(ONE, load(z, (h, w)), fill(-mean)), value, row_zu)
-            row_uu = multiply_add(value, value, row_uu)
-        total_u += add_up(row_u)
-        total_zu += add_up(row_zu)
-        total_uu += add_up(row_uu)
-    return total_u, total_zu, total_uu
 
 
 def channel_sum(z, k, u, amount):
@@ -146,7 +125,7 @@ def sum_block(z, k, u, amount, y, k_y):
 
 
 def tail_change(z, k, u, amount, before, after):
-    """Return what the tail `after` makes of channel k of z plus amount * u, minus what `before` makes of it alone.
+    """Return what the tail `after` makes of channel k of z plus amount * u, less what `before` makes of it.
 
     The tails have one channel; the result is (n_blocks, 1, h', w', LANES).
     """

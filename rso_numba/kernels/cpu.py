@@ -60,7 +60,7 @@ def as_maps(x):
 
 
 def as_row(x):
-    """View all features of an image, (n_blocks, ..., LANES), as one map of one row, (n_blocks, 1, 1, n, LANES)."""
+    """View all features of an image, (n_blocks, ..., LANES), as a map of one row, (n_blocks, 1, 1, n, LANES)."""
     return x.reshape(len(x), 1, 1, -1, LANES)
 
 
@@ -132,7 +132,8 @@ def conv2d_stage(z, tail, weight, bias, n_images, start=None, stride=1):
     sums = np.empty((2, 0 if n_images is None else len(z), len(weight)))
     padded = padded_scratch((n_channels, height, width), weight.shape[2], stride, z.dtype)
     started = start is not None
-    conv2d_blocks(z, tail, weight, bias, start if started else y, started, stride, n_images or 0, y, sums, padded)
+    start = start if started else y
+    conv2d_blocks(z, tail, weight, bias, start, started, stride, n_images or 0, y, sums, padded)
     return y, None if n_images is None else mean_and_variance(sums, n_images, y)
 
 
@@ -150,11 +151,11 @@ def tail_blocks(z, tail, y):
         enter(z[b], tail, 0, 0, y[b])
 
 
-def conv2d_backward(x, weight, dy):
-    """Return the gradients (dx, dweight, dbias) of conv2d_forward."""
+def conv2d_backward(x, weight, dy, wants_dx=True):
+    """Return the gradients (dx, dweight, dbias) of conv2d_forward; dx is None if nobody wants it."""
     # dx is a convolution of dy with the filters turned by 180 degrees
     turned = np.ascontiguousarray(weight[:, :, ::-1, ::-1].swapaxes(0, 1))
-    dx = conv2d_forward(dy, turned, np.zeros(len(turned), x.dtype))
+    dx = conv2d_forward(dy, turned, np.zeros(len(turned), x.dtype)) if wants_dx else None
     dweight = np.empty((len(x), *weight.shape), x.dtype)
     padded = padded_scratch(x.shape[1:4], weight.shape[2], 1, x.dtype, strips=False)
     conv2d_weight_blocks(x, no_tail(x), dy, dweight, padded)
@@ -173,7 +174,7 @@ def dense_forward(x, weight, bias):
 
 
 def dense_stage(z, tail, weight, bias, start=None):
-    """Return the dense layer's output for what a `Tail` makes of z; with `start` added instead of the bias."""
+    """Return the dense layer's output for what a `Tail` makes of z, with `start` added instead of the bias."""
     y = empty((len(z), len(weight), LANES), z.dtype)
     scratch = empty((get_num_threads(), *pooled_shape(z.shape[1:4], tail.pool), LANES), z.dtype)
     started = start is not None
@@ -202,7 +203,7 @@ def batchnorm_statistics(x, n_images):
 
 
 def all_statistics(x, n_images):
-    """Return sums and sums of squares around the mean of every block and channel, (2, n_blocks, C) float64."""
+    """Return sums, and sums of squares around the mean, of all blocks and channels, (2, n_blocks, C) float64."""
     statistics = np.empty((2, *x.shape[:2]))
     statistics_blocks(as_maps(x), n_images, statistics)
     return statistics
@@ -224,7 +225,7 @@ def batchnorm_backward(x, dy, mean, variance, gamma, epsilon, n_images):
     dx = empty(x.shape, x.dtype)
     sums = np.empty((2, *x.shape[:2]), np.float64)
     inverse_std = (1 / np.sqrt(variance + x.dtype.type(epsilon))).astype(x.dtype)
-    product_blocks(by_channel(x), by_channel(dy), mean, inverse_std, n_images, sums)
+    product_blocks(as_maps(x), as_maps(dy), mean, inverse_std, n_images, sums)
     dbeta, dgamma = sums.sum(axis=1)
     count = n_images * np.prod(x.shape[2:-1])
     means = (dbeta / count).astype(x.dtype), (dgamma / count).astype(x.dtype)

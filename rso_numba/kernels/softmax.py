@@ -1,6 +1,4 @@
-"""The kernels of softmax and cross-entropy, on packed logits, (n_blocks, n_classes, LANES), as drawn in `cpu.py`."""
-
-import math
+"""The kernels of softmax and cross-entropy, on packed logits, (n_blocks, n_classes, LANES): see `cpu.py`."""
 
 import numpy as np
 from numba import prange
@@ -62,14 +60,14 @@ def softmax_sums(logits, lane):
 
 @parallel_kernel
 def loss_blocks(logits, labels, sums):
-    # logits (n_blocks, n_classes, LANES), labels (N,), sums (n_blocks,): of the losses of the images of a block
+    # logits (n_blocks, n_classes, LANES), labels (N,), sums (n_blocks,) of the losses of a block
     for b in prange(logits.shape[0]):
         sums[b] = block_loss(logits[b], labels[b * LANES : (b + 1) * LANES])
 
 
 @kernel
 def block_loss(logits, labels):
-    # logits (n_classes, LANES), labels (up to LANES,): as cross_entropy_blocks, with an exp for all lanes at once
+    # logits (n_classes, LANES), labels (up to LANES,): as cross_entropy_blocks, but exp of all lanes at once
     largest, total, result = np.empty(LANES, logits.dtype), np.zeros(LANES, logits.dtype), 0.0
     largest[:] = logits[0]
     for k in range(1, logits.shape[0]):
