@@ -58,7 +58,7 @@ def check_images(images, image_shape=None, name="images"):
     with np.errstate(over="ignore"):  # a number too large for float32 becomes inf, which is reported below
         images = np.ascontiguousarray(images, dtype=np.float32)
     flat = images.ravel()
-    # one fast pass: a pixel that is not finite spoils the sum of squares (as huge ones do, hence the second look)
+    # one fast pass: a pixel that is not finite spoils the sum of squares (huge ones do too: look again)
     finite = np.isfinite(images) if not np.isfinite(np.dot(flat, flat)) else np.True_
     if not finite.all():
         first = tuple(int(i) for i in np.unravel_index(np.argmin(finite), images.shape))

@@ -233,7 +233,7 @@ class DeltaForward:
         self._hold(batch, stage)
 
     def _hold(self, batch, stage):
-        """Keep a mini-batch that was just computed until it comes back, if that is likely and there is room."""
+        """Keep a mini-batch until it comes back, if that is likely and there is room."""
         if self.key is None or (batch.visits == 1 and stage.mixing.weight.size <= MANY):
             return
         names = [name for name in ("x", "z", "a", "z_next") if getattr(batch, name) is not None]
@@ -274,7 +274,7 @@ class DeltaForward:
         batch.statistics.update(change.later_statistics)
 
     def _u(self, batch, channel, where, amounts):
-        """Return the map u that weights of an output channel add to it; its moments if a BatchNorm is next."""
+        """Return u, what weights of an output channel add to it, and its moments if a BatchNorm is next."""
         stage, taps = self.stages[self.d], where[:, 1] != NO_TAP
         mean = float(batch.statistics[stage.norm.name][0][channel]) if stage.norm else None
         return changes.change_of_channel(batch.x, where[taps, 1:], amounts[taps], stage.step,

@@ -23,7 +23,7 @@ CHUNK = 16 * LANES  # images that one thread takes care of in the last layer
 
 
 def merged_with_avgpool(weight):
-    """Return filters (C_out, C_in, k + 1, k + 1): their convolution of stride 2 has the 2x2 means of weight's."""
+    """Return filters (C_out, C_in, k + 1, k + 1) whose outputs, at stride 2, are means of those of weight."""
     size = weight.shape[2]
     merged = np.zeros((*weight.shape[:2], size + 1, size + 1), weight.dtype)
     for i in (0, 1):
@@ -71,7 +71,8 @@ def change_of_channel(x, taps, amounts, step, z, k, mean, n_images):
 @parallel_kernel
 def shift_blocks(x, taps, amounts, step, u, z, k, mean, n_images, sums):
     # x (n_blocks, C_in, step * h, step * w, LANES), taps (n, 3), amounts (n,)
-    # u (n_blocks, 1, h, w, LANES), z (n_blocks, C_out, h, w, LANES), sums (3, n_blocks) of u, (z - mean) u and u u, or of no blocks
+    # u (n_blocks, 1, h, w, LANES), z (n_blocks, C_out, h, w, LANES)
+    # sums (3, n_blocks) of u, (z - mean) u and u u, or of no blocks if nobody asks
     for b in prange(x.shape[0]):
         shift_block(x[b], taps, amounts, step, u[b, 0])
         if sums.shape[1] > 0:

@@ -60,7 +60,7 @@ def as_maps(x):
 
 
 def as_row(x):
-    """View all features of an image, (n_blocks, ..., LANES), as a map of one row, (n_blocks, 1, 1, n, LANES)."""
+    """View the features of an image, (n_blocks, ..., LANES), as one row, (n_blocks, 1, 1, n, LANES)."""
     return x.reshape(len(x), 1, 1, -1, LANES)
 
 
@@ -174,7 +174,7 @@ def dense_forward(x, weight, bias):
 
 
 def dense_stage(z, tail, weight, bias, start=None):
-    """Return the dense layer's output for what a `Tail` makes of z, with `start` added instead of the bias."""
+    """Return the dense layer's output for what a `Tail` makes of z, plus `start` instead of the bias."""
     y = empty((len(z), len(weight), LANES), z.dtype)
     scratch = empty((get_num_threads(), *pooled_shape(z.shape[1:4], tail.pool), LANES), z.dtype)
     started = start is not None
@@ -203,7 +203,7 @@ def batchnorm_statistics(x, n_images):
 
 
 def all_statistics(x, n_images):
-    """Return sums, and sums of squares around the mean, of all blocks and channels, (2, n_blocks, C) float64."""
+    """Return sums and sums of squares around the mean, (2, n_blocks, C) float64."""
     statistics = np.empty((2, *x.shape[:2]))
     statistics_blocks(as_maps(x), n_images, statistics)
     return statistics

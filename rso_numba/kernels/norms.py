@@ -71,8 +71,8 @@ def product_blocks(x, dy, mean, inverse_std, n_images, sums):
 
 @kernel
 def moment_block(z, u, mean, n_lanes):
-    # z, u (H, W, LANES) -> sums of u, (z - mean) u and u u over the first n_lanes lanes (or all): row by row in
-    # the type of u, then in float64
+    # z, u (H, W, LANES) -> sums of u, (z - mean) u and u u over the first n_lanes lanes (or all): row by row
+    # in the type of u, then in float64
     zero, one = u.dtype.type(0), u.dtype.type(1)
     lanes = np.empty(LANES, u.dtype)
     for lane in range(LANES):

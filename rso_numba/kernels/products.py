@@ -18,7 +18,7 @@ STRIP = 2**17  # bytes of padded input that one thread works on at once: a part 
 
 
 def padded_scratch(shape, size, stride, dtype, strips=True):
-    """Return room in each thread for padded maps (C, H, W), or for as many of their rows as fit the cache.
+    """Return room in each thread for padded maps (C, H, W), or for as many of their rows as fit its cache.
 
     `size` and `stride` are those of the filters. The number of columns is odd: with a power of two between
     them, the same pixels of many rows would compete for the same places of the cache.
@@ -38,7 +38,7 @@ def padded_scratch(shape, size, stride, dtype, strips=True):
 def conv2d_blocks(z, tail, weight, bias, start, started, stride, n_images, y, statistics, padded):
     # z (n_blocks, C_in, H, W, LANES), which the tail makes (n_blocks, C_in, h, w, LANES) of
     # weight (C_out, C_in, k, k), bias (C_out,), padded (n_threads, C_in, rows, columns, LANES)
-    # y, start (n_blocks, C_out, h / stride, w / stride, LANES): `started` says to begin with `start`, not the bias
+    # y, start (n_blocks, C_out, h / stride, w / stride, LANES): `started` says to begin with start, not bias
     # statistics (2, n_blocks, C_out), or of no blocks if nobody asks: see `norms.py`
     for b in prange(z.shape[0]):
         conv2d_block(z[b], tail, weight, bias, start[b], started, stride, y[b], padded[get_thread_id()])
@@ -57,18 +57,18 @@ def conv2d_block(z, tail, weight, bias, start, started, stride, y, padded):
     for first in range(0, y.shape[1], n_rows):
         enter(z, tail, stride * first - margin, margin, padded)
         n_pixels = min(n_rows, y.shape[1] - first) * y.shape[2]
-        flat = padded.reshape(padded.shape[0], -1, LANES)
+        flat, columns = padded.reshape(padded.shape[0], -1, LANES), padded.shape[2]
         for o in range(0, y.shape[0], 4):
             for p in range(0, n_pixels, 4):
-                conv2d_tile(flat, padded.shape[2], weight, bias, start, started, y, o, first, p, n_pixels, stride)
+                conv2d_tile(flat, columns, weight, bias, start, started, y, o, first, p, n_pixels, stride)
 
 
 @kernel
 def conv2d_tile(padded, columns, weight, bias, start, started, y, o, first, p, n_pixels, stride):
     # padded (C_in, rows * columns, LANES), weight (C_out, C_in, k, k)
     # y, start (C_out, h / stride, w / stride, LANES)
-    # Output channels o to o + 3 of pixels p to p + 3 after row `first`: 16 sums, so that 4 pixels and 4 weights
-    # fetched from memory serve 16 multiplications.
+    # Output channels o to o + 3 of pixels p to p + 3 from row `first` on: 16 sums, so that 4 pixels and 4
+    # weights fetched from memory serve 16 multiplications.
     o1, o2, o3 = min(o + 1, y.shape[0] - 1), min(o + 2, y.shape[0] - 1), min(o + 3, y.shape[0] - 1)
     width = y.shape[2]
     h0, w0 = divmod(p, width)

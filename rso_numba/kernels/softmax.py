@@ -16,7 +16,7 @@ image_loss = formula(formulas.cross_entropy)
 image_loss_gradient = formula(formulas.cross_entropy_gradient)
 
 
-@formula
+@kernel
 def fast_exp(x):
     """Return exp(x) within a relative 3e-7, for x in -87..88 (beyond: of the nearer of them).
 
