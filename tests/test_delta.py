@@ -5,7 +5,7 @@ import pytest
 
 from rso_numba import datasets, models, rso
 from rso_numba.evaluators import DeltaForward, FullForward, evaluator
-from rso_numba.kernels import changes, cpu, softmax
+from rso_numba.kernels import changes, cpu, products, softmax
 from rso_numba.kernels.tails import no_tail
 from rso_numba.layers import BatchNorm, Conv2D, Dense, Flatten, MaxPool, ReLU, Standardize
 from rso_numba.models import Network, build
@@ -29,12 +29,14 @@ def small_network(name):
             for layer in models.paper_mnist(n_classes)],
         "two dense, 1x1, late BatchNorm": [
             Conv2D(2, size=1), ReLU(), BatchNorm(), Conv2D(2), Flatten(), Dense(4), ReLU(), Dense(n_classes)],
+        "BatchNorm of features": [Conv2D(2), Flatten(), BatchNorm(), Dense(n_classes)],
         "flatten only": [Conv2D(2), Flatten(), Dense(n_classes)],
     }[name]
     return Network([Standardize(), *layers], (1, 6, 5), n_classes)
 
 
-CHAINS = ["one_conv", "two_conv", "original", "paper_mnist", "two dense, 1x1, late BatchNorm", "flatten only"]
+CHAINS = ["one_conv", "two_conv", "original", "paper_mnist", "two dense, 1x1, late BatchNorm",
+          "BatchNorm of features", "flatten only"]
 
 
 @pytest.mark.parametrize("n", [5, 16, 37])
@@ -60,7 +62,8 @@ def test_every_weight_before_and_after_accepted_changes(name, n, rng):
 
 @pytest.mark.parametrize("preset", ["paper", "authors", "notebook"])
 @pytest.mark.parametrize("hold", ["weight", "filter"])
-@pytest.mark.parametrize("name", ["one_conv", "original", "paper_mnist", "flatten only"])
+@pytest.mark.parametrize("name", ["one_conv", "original", "paper_mnist", "two dense, 1x1, late BatchNorm",
+                                  "flatten only"])
 def test_a_whole_round_decides_alike(name, hold, preset, rng):
     """Decisions differ only at ties closer than 1e-5: those are counted, and then followed."""
     images, labels = rng.random((40, 1, 6, 5), np.float32), rng.integers(3, size=40)
@@ -161,7 +164,9 @@ def test_fast_exp():
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 6, 6), (17, 3, 7, 5)], ids=str)
-def test_convolution_and_average_pool_in_one(shape, rng):
+@pytest.mark.parametrize("strip", [1, products.STRIP])
+def test_convolution_and_average_pool_in_one(shape, strip, rng, monkeypatch):
+    monkeypatch.setattr(products, "STRIP", strip)
     x = cpu.pack(rng.standard_normal(shape, np.float32))
     weight, bias = rng.standard_normal((5, shape[1], 3, 3), np.float32), rng.standard_normal(5, np.float32)
     merged, _ = cpu.conv2d_stage(x, no_tail(x), changes.merged_with_avgpool(weight), bias, None, stride=2)

@@ -51,3 +51,39 @@ def test_no_more_waits_than_allowed(monkeypatch):
 def test_small_arrays_do_not_wait():
     memory.empty((3,), np.float32)
     assert memory._waiting_bytes == [0]
+
+
+def test_sizes_that_nobody_asks_for_make_room(monkeypatch):
+    monkeypatch.setattr(memory, "KEPT", 100_000)
+    stale = [memory.empty((10_000,), np.float32) for _ in range(2)]
+    stale.clear()
+    array = memory.empty((20_000,), np.float32)
+    where = address(array)
+    del array
+    assert memory._waiting_bytes == [80_000] and list(memory._waiting) == [80_000]
+    assert address(memory.empty((20_000,), np.float32)) == where
+
+
+def test_an_arena_holds_copies_in_the_same_memory_again(monkeypatch, rng):
+    monkeypatch.setattr(memory.Arena, "SLAB", 4096)
+    arena, arrays = memory.Arena(10_000), [rng.random((5, 3)), rng.random(200, np.float32)]
+    for _ in range(2):
+        held = [arena.hold(arrays) for _ in range(4)]
+        for copies in held:
+            for copy, array in zip(copies, arrays, strict=True):
+                np.testing.assert_array_equal(copy, array)
+                assert copy.dtype == array.dtype and address(copy) % memory.ALIGNMENT == 0
+        assert len({address(copy) for copies in held for copy in copies}) == 8
+        places = [address(copies[0]) for copies in held]
+        arena.forget()
+    assert [address(arena.hold(arrays)[0]) for _ in range(4)] == places
+
+
+def test_an_arena_is_bounded(monkeypatch):
+    monkeypatch.setattr(memory.Arena, "SLAB", 4096)
+    arena = memory.Arena(10_000)
+    held = [arena.hold([np.zeros(1000, np.float32)]) for _ in range(4)]
+    assert [copies is None for copies in held] == [False, False, True, True]
+    arena.forget()
+    assert arena.hold([np.zeros(2400, np.float32)]) is not None  # slabs that are too small now make room
+    assert arena.hold([np.zeros(1000, np.float32)]) is None

@@ -148,7 +148,7 @@ class DeltaForward:
         self._note(parameter, index, value)
         for change in self.tried:
             if change.value == value:
-                self._adopt(self.batch, index[0], change)
+                self._adopt(self.batch, self.log_where[self.log_length - 1, 0], change)
                 self.batch.applied = self.log_length
                 break
         self.tried = []
@@ -160,9 +160,21 @@ class DeltaForward:
         if self.log_length == len(self.log_amount):
             self.log_where = np.concatenate([self.log_where, self.log_where])
             self.log_amount = np.concatenate([self.log_amount, self.log_amount])
-        self.log_where[self.log_length] = _where(parameter, index)
+        self.log_where[self.log_length] = self._where(parameter, index)
         self.log_amount[self.log_length] = amount
         self.log_length += 1
+
+    def _where(self, parameter, index):
+        """Return output channel, input channel (or BIAS, NO_TAP), row and column (relative) of a weight."""
+        if parameter.name in ("gamma", "beta"):  # a Flatten before the BatchNorm makes many of one channel
+            n_channels = len(self.stages[self.d].mixing.weight)
+            return index[0] * n_channels // len(parameter.value), NO_TAP, 0, 0
+        if parameter.name == "bias":
+            return index[0], BIAS, 0, 0
+        if parameter.value.ndim == 2:
+            return *index, 0, 0
+        middle = parameter.value.shape[2] // 2
+        return index[0], index[1], index[2] - middle, index[3] - middle
 
     def _last_losses(self, batch, parameter, index, steps):
         """Return the losses in the last stage, where z are the logits."""
@@ -179,14 +191,15 @@ class DeltaForward:
         self._follow(batch)
         missed = slice(batch.applied, self.log_length)
         batch.applied = self.log_length
-        k, j, _, _ = _where(parameter, index)
+        k, j, _, _ = self._where(parameter, index)
         sums = changes.dense_trial(batch.z, batch.x, self.log_where[missed], self.log_amount[missed], k, j,
                                    steps, batch.padded_labels)
         return sums / len(batch.labels)
 
     def _losses(self, batch, parameter, index, candidates, steps):
         """Return the losses in any other stage."""
-        channel, n = index[0], len(batch.labels)
+        where, n = np.array([self._where(parameter, index)]), len(batch.labels)
+        channel = where[0, 0]
         if batch.z is None:
             self._compute(batch)
         self._catch_up(batch)
@@ -195,7 +208,6 @@ class DeltaForward:
             batch.statistics.update(statistics)
         self._follow(batch)
         self.tried, losses = [], np.full(len(candidates), batch.loss)
-        where = np.array([_where(parameter, index)])
         u = moments = None
         for i in np.flatnonzero(steps):
             if u is None:
@@ -227,7 +239,7 @@ class DeltaForward:
         batch.z, statistics = stage.mix(batch.x, None, run.n_images)
         a, batch.tail = stage.leave(batch.z, statistics, run)
         if stage.apart:
-            batch.a = a.copy()
+            batch.a = a
         batch.z_next, batch.next_statistics = following.mix(a, batch.tail, run.n_images)
         batch.statistics, batch.loss, batch.applied = run.statistics, None, self.log_length
         self._hold(batch, stage)
@@ -322,15 +334,3 @@ def _moved(mean, variance, moments, amount):
     mean, variance, amount = float(mean[0]), float(variance[0]), float(amount)
     variance += 2 * amount * covariance + amount * amount * variance_u
     return np.array([mean + amount * mean_u]), np.array([max(variance, 0.0)])
-
-
-def _where(parameter, index):
-    """Return output channel, input channel (or BIAS, NO_TAP), row and column (relative) of a weight."""
-    if parameter.name in ("gamma", "beta"):
-        return index[0], NO_TAP, 0, 0
-    if parameter.name == "bias":
-        return index[0], BIAS, 0, 0
-    if parameter.value.ndim == 2:
-        return *index, 0, 0
-    middle = parameter.value.shape[2] // 2
-    return index[0], index[1], index[2] - middle, index[3] - middle

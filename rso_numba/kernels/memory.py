@@ -7,7 +7,7 @@ sizes again and again, so the memory of an array that nobody holds any more wait
 
 import math
 import weakref
-from collections import defaultdict
+from collections import OrderedDict
 
 import numpy as np
 
@@ -15,7 +15,7 @@ ALIGNMENT = 64  # bytes in a cache line and in a register of AVX-512
 SMALLEST = 2**12  # bytes; smaller arrays are left to the allocator
 KEPT = 2**29  # bytes that may wait
 
-_waiting = defaultdict(list)  # size -> buffers
+_waiting = OrderedDict()  # size -> buffers, the size that was used last at the end
 _waiting_bytes = [0]
 
 
@@ -25,11 +25,7 @@ def empty(shape, dtype):
     size = math.prod(shape) * dtype.itemsize
     if size < SMALLEST:
         return np.empty(shape, dtype)
-    try:
-        buffer = _waiting[size].pop()
-        _waiting_bytes[0] -= size
-    except IndexError:
-        buffer = _aligned(size)
+    buffer = _take(size) if size in _waiting else _aligned(size)
     # NumPy lets every view hold the first array that sees a memoryview (`.data`), which is this one:
     # when it dies, nobody can see the memory any more
     array = np.frombuffer(buffer.data, dtype)
@@ -43,10 +39,21 @@ def _aligned(size):
     return buffer[start : start + size]
 
 
+def _take(size):
+    buffers = _waiting[size]
+    buffer = buffers.pop()
+    _waiting_bytes[0] -= size
+    if not buffers:
+        del _waiting[size]
+    return buffer
+
+
 def _give_back(buffer):
-    if _waiting_bytes[0] + buffer.size <= KEPT:
-        _waiting_bytes[0] += buffer.size
-        _waiting[buffer.size].append(buffer)
+    _waiting.setdefault(buffer.size, []).append(buffer)
+    _waiting.move_to_end(buffer.size)
+    _waiting_bytes[0] += buffer.size
+    while _waiting_bytes[0] > KEPT:  # sizes that nobody asks for any more go first
+        _take(next(iter(_waiting)))
 
 
 class Arena:
