@@ -352,14 +352,15 @@ def sgd_rows(model, data, batch_size, plan, seed):
 
 
 def rate_row(plan, name, what, operations, function, *arguments):
-    """Return the row of the median rate of seven calls of a function, after a first one."""
-    sleep(plan.rest)
-    seconds = timeit.repeat(lambda: function(*arguments), number=1, repeat=8)
-    return Row(name, what, float(operations / np.median(seconds[1:]) / 1e9), "GFLOP/s", "median of 7 calls")
+    """Return the row of the median rate of a function's calls: as many as last `plan.rest`, seven or more."""
+    timer = timeit.Timer(lambda: function(*arguments))
+    sleep(plan.rest)  # after which a processor takes milliseconds to reach its full clock
+    seconds = timer.repeat(max(7, int(plan.rest / timer.repeat(2, 1)[1])), 1)
+    return Row(name, what, float(operations / np.median(seconds) / 1e9), "GFLOP/s", f"{len(seconds)} calls")
 
 
 def kernel_rows(plan, seed):
-    """Return the rows of the 3x3 convolution of 16 to 16 channels, against NumPy's product of matrices."""
+    """Return the rows of the 3x3 convolution of 16 to 16 channels, against NumPy's sgemm."""
     rng, torch, k = np.random.default_rng(seed), torch_or_none(), kernels.backend("cpu")
     a = rng.standard_normal((plan.matrix, plan.matrix), np.float32)
     rows = [rate_row(plan, f"sgemm {plan.matrix}", "NumPy", 2 * plan.matrix**3, np.matmul, a, a)]

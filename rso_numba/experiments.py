@@ -82,8 +82,10 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     rso.trials(networks["rso"], data, rounds, batch_size, settings, backend=backend)
     Path(out).mkdir(parents=True, exist_ok=True)
     before = first_filters(networks["rso"]).copy()
-    # these two run on a copy, and compile every kernel before the clocks start
+    # these three run on copies, or change nothing, and compile every kernel before the clocks start; a search
+    # begins in the last layer, which has kernels of its own
     scan = example_trial(networks["rso"], data, batch_size, settings, backend, seed)
+    next(rso.trials(_copy(networks["rso"], settings), data, 1, batch_size, settings, backend=backend, rng=0))
     sgd.gradients(networks["sgd"], data.train_images[:2], data.train_labels[:2], backend)
     try:
         # SGD first: it takes a moment, and an interrupted search then has something to compare with
@@ -198,6 +200,12 @@ def scan_weight(network, parameter, index, values, images, labels, backend="cpu"
     return judge.losses(parameter, index, values)
 
 
+def _copy(network, preset):
+    copy = models.build(network.name, network.image_shape, network.n_classes, preset=preset)
+    copy.set_state(network.state())
+    return copy
+
+
 def example_trial(network, data, batch_size=1024, preset="paper", backend="cpu", seed=0):
     """Search the first convolution of a copy of `network` until a step is accepted; scan that weight.
 
@@ -218,8 +226,7 @@ def example_trial(network, data, batch_size=1024, preset="paper", backend="cpu",
     trial : Trial
         The three arguments of `plots.trial`.
     """
-    copy = models.build(network.name, network.image_shape, network.n_classes, seed, preset)
-    copy.set_state(network.state())
+    copy = _copy(network, preset)
     copy.fit_scaling(data.train_images)
     # with a training set of batch_size images, every mini-batch is that set: the scan can use it too
     batch = data.subset(n_train=batch_size, rng=_generator(seed))
