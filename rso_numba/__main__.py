@@ -44,7 +44,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("rso-numba: interrupted; nothing more was written", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, kernels.GpuError) as error:
         print("rso-numba: error:", " ".join(str(error).split()), file=sys.stderr)  # on one line
         return 2
 
@@ -94,7 +94,7 @@ def parser():
     option("--seed", type=int, default=0, metavar="N",
            help="of all random numbers, 0 or larger (default: %(default)s)")
     option("--backend", default="cpu", metavar="NAME",
-           help=f"what computes, {names(kernels.BACKENDS)} (default: %(default)s)")
+           help=f"what computes, {names(kernels.CHOICES)} (default: %(default)s)")
     option("--threads", type=int, metavar="N", help="threads of the cpu backend (default: all cores)")
     option("--out", default="rso-out", metavar="FOLDER",
            help="folder for the files, made if need be (default: %(default)s)")
@@ -228,7 +228,7 @@ def info(arguments):
         ("Numba threads", numba.get_num_threads()),
         ("threading layer", _threading_layer()),
         ("compiled code", _cache_folder()),
-        ("CUDA", f"the cuda backend is not part of this version yet; {_gpu()}"),
+        ("CUDA", _gpu()),
     ]
     lines += [("data folder", line) for line in _data_folders()]
     for name, value in lines:
@@ -270,16 +270,11 @@ def _cache_folder():
 
 
 def _gpu():
-    # the only place that imports Numba's CUDA; without a driver it is there, but says no
-    try:
-        from numba import cuda
+    if problem := kernels.gpu_problem():
+        return f"the cuda backend cannot run: {problem}"
+    from .kernels.cuda_device import device_name
 
-        if not cuda.is_available():
-            return "Numba sees no GPU"
-        name = cuda.get_current_device().name
-        return f"Numba sees a GPU, {name.decode() if isinstance(name, bytes) else name}"
-    except Exception as error:  # a broken driver raises many things, and none is worth a traceback here
-        return f"Numba cannot ask for a GPU ({type(error).__name__}: {error})"
+    return f"the cuda backend works: {device_name()}"
 
 
 def _data_folders():

@@ -49,7 +49,7 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
         Of RSO, see `rso.train`.
     sgd_epochs, sgd_batch_size, learning_rate, momentum
         Of SGD, see `sgd.train`.
-    backend : {"cpu", "numpy"}
+    backend : {"cpu", "numpy", "cuda", "auto"}
     seed : int
         0 or larger. Draws the initial weights, the steps and the mini-batches.
     out : str or path
@@ -184,7 +184,7 @@ def scan_weight(network, parameter, index, values, images, labels, backend="cpu"
     values : ndarray (n,)
     images : ndarray (N, C, H, W), float32 in [0, 1]
     labels : ndarray (N,), int
-    backend : {"cpu", "numpy"}
+    backend : {"cpu", "numpy", "cuda", "auto"}
 
     Returns
     -------

@@ -124,7 +124,8 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
     evaluation : {"delta", "full"}
         How losses are computed: from what a weight changes, or by whole forward passes. The losses
         are the same, see `evaluators.evaluator`.
-    backend : {"cpu", "numpy"}
+    backend : {"cpu", "numpy", "cuda", "auto"}
+        "cuda" is an NVIDIA GPU; "auto" is "cuda" where that works, else "cpu".
     rng : None, int or Generator
         The one source of all random numbers. 0 is a seed like any other.
     **overrides

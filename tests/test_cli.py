@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import rso_numba
-from rso_numba import datasets, experiments, models, plots
+from rso_numba import datasets, experiments, kernels, models, plots
 from rso_numba.__main__ import main
 from rso_numba.evaluators import FullForward
 from rso_numba.history import History
@@ -219,7 +219,8 @@ def test_info_prints_versions_and_folders(monkeypatch, capsys, tmp_path):
     assert {"rso_numba", "python", "numba", "llvmlite", "matplotlib", "scikit-learn"} <= set(lines)
     assert int(lines["Numba threads"]) >= 1
     assert lines["threading layer"] in ("omp", "tbb", "workqueue")
-    assert "the cuda backend is not part of this version yet" in lines["CUDA"]
+    works, problem = lines["CUDA"].startswith("the cuda backend works: "), kernels.gpu_problem()
+    assert works if problem is None else lines["CUDA"] == f"the cuda backend cannot run: {problem}"
     assert lines["data folder"] == f"{tmp_path} has 1 of the 4 files of MNIST"
 
 

@@ -23,10 +23,10 @@ def evaluator(evaluation, network, backend, momentum, unit="weight"):
     Parameters
     ----------
     evaluation : {"delta", "full"}
-        Compute only what a weight changes, or everything. The losses are the same. The `numpy`
-        backend, and steps that change more than one weight, are always evaluated in full.
+        Compute only what a weight changes, or everything. The losses are the same. The `numpy` and
+        `cuda` backends, and steps that change more than one weight, are always evaluated in full.
     network : Network
-    backend : {"cpu", "numpy"}
+    backend : {"cpu", "numpy", "cuda", "auto"}
     momentum : float
         How far each mini-batch moves BatchNorm's running statistics.
     unit : str
@@ -36,10 +36,12 @@ def evaluator(evaluation, network, backend, momentum, unit="weight"):
     ------
     ValueError
         If there is no such evaluation or backend.
+    GpuError
+        If the backend is "cuda" and does not work here.
     """
     if evaluation not in EVALUATIONS:
         raise ValueError(f"unknown evaluation {evaluation!r}; known evaluations: {', '.join(EVALUATIONS)}")
-    kernels.backend(backend)
+    backend = kernels.resolve(backend)
     if evaluation == "delta" and backend == "cpu" and unit == "weight":
         from .delta import DeltaForward
 

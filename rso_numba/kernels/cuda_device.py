@@ -1,0 +1,126 @@
+"""What all kernels of the `cuda` backend share: the threads they run in, copies, and what can go wrong.
+
+A CUDA block has LANES x ROWS threads. The lanes of a row are a warp and hold LANES images, so a warp reads
+one line of the cache; the rows work on different pixels or channels. A kernel comes in one of two forms:
+
+* `launch(kernel, n, ...)`: every row takes tasks from 0 to n - 1 by itself;
+* `launch_blocks(kernel, n, ...)`: all rows of a CUDA block take a task together, and add up what they found.
+"""
+
+import contextlib
+import functools
+
+import numpy as np
+from numba import config, cuda
+from numba.cuda.cudadrv.driver import CudaAPIError
+from numba.cuda.cudadrv.error import CudaSupportError
+
+from . import GpuError
+
+# Numba's simulator starts a thread of Python for every thread of the GPU: a few must do
+LANES, ROWS, MOST_BLOCKS = (4, 2, 3) if config.ENABLE_CUDASIM else (32, 4, 65535)
+THREADS = LANES * ROWS  # a power of two, see block_sum
+
+
+def launch(kernel, n_tasks, *arguments):
+    """Start `kernel`, whose rows share `n_tasks` tasks; do not wait for it."""
+    launch_blocks(kernel, -(-n_tasks // ROWS), *arguments)
+
+
+def launch_blocks(kernel, n_tasks, *arguments):
+    """Start `kernel`, whose CUDA blocks share `n_tasks` tasks; do not wait for it."""
+    with gpu_errors():
+        kernel[(1, max(1, min(n_tasks, MOST_BLOCKS))), (LANES, ROWS)](*arguments)
+
+
+@cuda.jit(device=True)
+def block_sum(parts, part):
+    """Return the sum of `part` over the threads of a CUDA block, always added in the same order."""
+    # parts (THREADS,) in shared memory; every thread of the block must come here
+    thread = cuda.threadIdx.y * LANES + cuda.threadIdx.x
+    cuda.syncthreads()  # nobody reads the former sum any more
+    parts[thread] = part
+    half = THREADS // 2
+    while half > 0:
+        cuda.syncthreads()
+        if thread < half:
+            parts[thread] += parts[thread + half]
+        half //= 2
+    cuda.syncthreads()
+    return parts[0]
+
+
+def empty(shape, dtype):
+    """Return an uninitialized array on the GPU."""
+    with gpu_errors():
+        return cuda.device_array(shape, dtype)
+
+
+def to_device(array):
+    """Return a copy of a NumPy array on the GPU."""
+    with gpu_errors():
+        return cuda.to_device(np.ascontiguousarray(array))
+
+
+def to_host(array):
+    """Return a copy of a GPU array as a NumPy array, after all kernels have ended."""
+    with gpu_errors():
+        return array.copy_to_host()
+
+
+@contextlib.contextmanager
+def gpu_errors():
+    """Raise GpuError, with what to do, for whatever the driver complains of."""
+    try:
+        yield
+    except (CudaAPIError, CudaSupportError) as error:
+        if "OUT_OF_MEMORY" in str(error):
+            raise GpuError(f"the memory of the GPU is full ({error}); take a smaller batch_size, end other "
+                           "programs that use the GPU, or use backend='cpu'") from error
+        raise GpuError(f"the GPU does not answer ({error}); what it held is lost. Look at nvidia-smi and "
+                       "start Python again, or use backend='cpu'") from error
+
+
+@functools.cache
+def problem():
+    """Return why no kernel runs here and how to mend it, as text; None if kernels run."""
+    try:
+        if not cuda.is_available():
+            return _missing_part()
+        toolkit, capability = cuda.runtime.get_version(), cuda.get_current_device().compute_capability
+        if toolkit >= (13, 0) and capability < (7, 5):
+            return (f"the GPU has compute capability {capability[0]}.{capability[1]} and CUDA 13 needs 7.5; "
+                    "install what it still knows with: pip install -e '.[cuda12]'")
+        numbers = to_device(np.zeros(1, np.float32))
+        launch(probe_kernel, 1, numbers)
+        to_host(numbers)
+    except Exception as error:  # a broken installation raises many things, and each has to be told
+        return (f"a first kernel did not run ({type(error).__name__}: {error}); if nvidia-smi names a CUDA "
+                "version below 13, install the older toolkit with: pip install -e '.[cuda12]'")
+    return None
+
+
+@cuda.jit
+def probe_kernel(numbers):
+    # numbers (1,)
+    lane, row = cuda.grid(2)
+    if lane == 0 and row == 0:
+        numbers[0] = np.float32(1)
+
+
+def _missing_part():
+    error = cuda.cuda_error()
+    if error is not None:
+        return (f"no driver of an NVIDIA GPU answers ({' '.join(str(error).split())}); install it from "
+                "https://www.nvidia.com/drivers and see whether nvidia-smi lists the GPU")
+    if len(cuda.gpus) == 0:
+        return "the driver sees no GPU; see whether nvidia-smi lists it, and look at CUDA_VISIBLE_DEVICES"
+    return ("the CUDA toolkit, which compiles the kernels, was not found; install it with: "
+            "pip install -e '.[cuda]' (or [cuda12], for drivers older than CUDA 13)")
+
+
+def device_name():
+    """Return the name and the compute capability of the GPU."""
+    device = cuda.get_current_device()
+    name = device.name.decode() if isinstance(device.name, bytes) else device.name
+    return f"{name}, compute capability {device.compute_capability[0]}.{device.compute_capability[1]}"
