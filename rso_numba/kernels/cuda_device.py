@@ -87,10 +87,9 @@ def problem():
     try:
         if not cuda.is_available():
             return _missing_part()
-        toolkit, capability = cuda.runtime.get_version(), cuda.get_current_device().compute_capability
-        if toolkit >= (13, 0) and capability < (7, 5):
-            return (f"the GPU has compute capability {capability[0]}.{capability[1]} and CUDA 13 needs 7.5; "
-                    "install what it still knows with: pip install -e '.[cuda12]'")
+        if not config.ENABLE_CUDASIM and cuda.runtime.get_version() >= (13, 0) and _capability() < (7, 5):
+            return ("the GPU has compute capability {}.{} and CUDA 13 needs 7.5; install the older toolkit "
+                    "with: pip install -e '.[cuda12]'").format(*_capability())
         numbers = to_device(np.zeros(1, np.float32))
         launch(probe_kernel, 1, numbers)
         to_host(numbers)
@@ -119,8 +118,14 @@ def _missing_part():
             "pip install -e '.[cuda]' (or [cuda12], for drivers older than CUDA 13)")
 
 
+def _capability():
+    return tuple(cuda.get_current_device().compute_capability)
+
+
 def device_name():
     """Return the name and the compute capability of the GPU."""
-    device = cuda.get_current_device()
-    name = device.name.decode() if isinstance(device.name, bytes) else device.name
-    return f"{name}, compute capability {device.compute_capability[0]}.{device.compute_capability[1]}"
+    if config.ENABLE_CUDASIM:
+        return "Numba's simulator of a GPU"
+    name = cuda.get_current_device().name
+    name = name.decode() if isinstance(name, bytes) else name
+    return "{}, compute capability {}.{}".format(name, *_capability())
