@@ -290,23 +290,41 @@ def test_backends_are_twins(k):
         assert list(inspect.signature(getattr(k, name)).parameters)[: len(names)] == names
 
 
-@pytest.mark.parametrize("said, told", [
-    ("[2] CUDA_ERROR_OUT_OF_MEMORY", "memory of the GPU is full.*OUT_OF_MEMORY.*smaller batch_size"),
-    ("[719] CUDA_ERROR_LAUNCH_FAILED", "GPU does not answer.*LAUNCH_FAILED.*start Python again"),
-])
-def test_what_the_driver_says_becomes_one_error(k, rng, monkeypatch, said, told):
-    def fail(*_):
-        raise _driver_error(said)
+class CUDAError(Exception):
+    """An error of the driver, named as one of them is."""
 
-    monkeypatch.setattr(cuda, "device_array", fail)
+
+@pytest.mark.parametrize("where", ["device_array", "to_device", "launch"])
+@pytest.mark.parametrize("said, told", [
+    ("CUDA_ERROR_OUT_OF_MEMORY", "memory of the GPU is full.*OUT_OF_MEMORY.*smaller batch_size"),
+    ("CUDA_ERROR_LAUNCH_FAILED", "GPU does not answer.*LAUNCH_FAILED.*start Python again"),
+])
+def test_what_the_driver_says_becomes_one_error(k, rng, monkeypatch, where, said, told):
+    class Failing:
+        def __getitem__(self, _):
+            return fail
+
+    def fail(*_):
+        raise CUDAError(said)
+
+    if where == "launch":
+        monkeypatch.setattr(k, "pack_kernel", Failing())
+    else:
+        monkeypatch.setattr(cuda, where, fail)
     with pytest.raises(kernels.GpuError, match=told):
         k.pack(_random(rng, 1, 2))
 
 
-def _driver_error(text):
-    if config.ENABLE_CUDASIM:
-        return cuda_device.CudaAPIError(text)
-    return cuda_device.CudaAPIError(2, text)
+def test_other_errors_are_left_as_they_are(k, monkeypatch):
+    monkeypatch.setattr(cuda, "to_device", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        k.pack(np.zeros((1, 2), np.float32))
+
+
+def test_the_drivers_errors_are_called_so():
+    from numba.cuda.cudadrv.driver import CudaAPIError
+
+    assert CudaAPIError.__name__ in cuda_device.DRIVER_ERRORS
 
 
 def test_it_works_here(k):

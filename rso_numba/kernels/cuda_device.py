@@ -9,17 +9,21 @@ one line of the cache; the rows work on different pixels or channels. A kernel c
 
 import contextlib
 import functools
+import warnings
 
 import numpy as np
 from numba import config, cuda
-from numba.cuda.cudadrv.driver import CudaAPIError
-from numba.cuda.cudadrv.error import CudaSupportError
 
 from . import GpuError
 
 # Numba's simulator starts a thread of Python for every thread of the GPU: a few must do
 LANES, ROWS, MOST_BLOCKS = (4, 2, 3) if config.ENABLE_CUDASIM else (32, 4, 65535)
 THREADS = LANES * ROWS  # a power of two, see block_sum
+
+warnings.filterwarnings("ignore", "Grid size")  # a small batch is a small grid: Numba warns at each launch
+
+# what the driver's complaints are called; the modules that hold them differ between releases of numba-cuda
+DRIVER_ERRORS = {"CudaDriverError", "CudaAPIError", "CudaSupportError", "CUDAError"}
 
 
 def launch(kernel, n_tasks, *arguments):
@@ -73,7 +77,9 @@ def gpu_errors():
     """Raise GpuError, with what to do, for whatever the driver complains of."""
     try:
         yield
-    except (CudaAPIError, CudaSupportError) as error:
+    except Exception as error:
+        if DRIVER_ERRORS.isdisjoint(kind.__name__ for kind in type(error).__mro__):
+            raise
         if "OUT_OF_MEMORY" in str(error):
             raise GpuError(f"the memory of the GPU is full ({error}); take a smaller batch_size, end other "
                            "programs that use the GPU, or use backend='cpu'") from error
