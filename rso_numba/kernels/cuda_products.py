@@ -26,8 +26,7 @@ def _conv2d_kernel(size, stride):
         # y (n_blocks, C_out, H // stride, W // stride * LANES)
         # A task is a tile of LANES images; the tiles of neighbouring tasks need the same pixels.
         lane, first = cuda.grid(2)
-        width, n_channels = x.shape[3] // LANES, y.shape[1]
-        height_out, width_out = y.shape[2], y.shape[3] // LANES
+        n_channels, height_out, width_out = y.shape[1], y.shape[2], y.shape[3] // LANES
         n_over = (n_channels + CHANNELS - 1) // CHANNELS
         n_beside = (width_out + PIXELS - 1) // PIXELS
         sums = cuda.local.array((CHANNELS, PIXELS), x.dtype)
@@ -45,9 +44,9 @@ def _conv2d_kernel(size, stride):
                     row = stride * h + kh - margin
                     if 0 <= row < x.shape[2]:
                         for q in range(window):
-                            column = stride * w + q - margin
-                            inside = 0 <= column < width
-                            line[q] = x[b, i, row, column * LANES + lane] if inside else ZERO
+                            # a column outside the map is a place outside the line
+                            place = (stride * w - margin + q) * LANES + lane
+                            line[q] = x[b, i, row, place] if 0 <= place < x.shape[3] else ZERO
                         for j in range(CHANNELS):
                             for kw in range(size):
                                 u = weight[min(o + j, n_channels - 1), i, kh, kw]
