@@ -34,6 +34,8 @@ class Pass:
         Where layers keep what their backward needs; None in passes that have no backward.
     gradients : dict
         Gradient of every parameter, by (layer name, parameter name), filled by backward.
+    first : Layer or None
+        Where backward ends: the first layer with weights, whose own input needs no gradient.
     """
 
     kernels: object
@@ -43,6 +45,7 @@ class Pass:
     statistics: dict = field(default_factory=dict)
     saved: dict | None = None
     gradients: dict = field(default_factory=dict)
+    first: object = None
 
     def save(self, layer, *arrays):
         """Keep `arrays` for the backward of `layer`, if there will be one."""
@@ -119,11 +122,10 @@ class Standardize(Layer):
         self.fitted[()] = True
 
     def forward(self, x, run):
+        if self.scaling == "none":
+            return x
         scale = (1 / self.std).astype(x.dtype)
         return run.kernels.scale_shift(x, scale, (-self.mean / self.std).astype(x.dtype))
-
-    def backward(self, dy, run):
-        return None  # nothing below has weights
 
 
 @dataclass(eq=False)
@@ -155,13 +157,9 @@ class Conv2D(Layer):
         run.save(self, x)
         return run.kernels.conv2d_forward(x, self.weight, self.bias)
 
-    def response(self, dx, run, channels):
-        """Return how much the output changes if the input `channels` (a slice) change by dx."""
-        return run.kernels.conv2d_forward(dx, np.ascontiguousarray(self.weight[:, channels]), 0 * self.bias)
-
     def backward(self, dy, run):
         (x,) = run.saved[self.name]
-        dx, dweight, dbias = run.kernels.conv2d_backward(x, self.weight, dy)
+        dx, dweight, dbias = run.kernels.conv2d_backward(x, self.weight, dy, run.first is not self)
         run.collect(self, weight=dweight, bias=dbias)
         return dx
 
@@ -191,10 +189,6 @@ class Dense(Layer):
     def forward(self, x, run):
         run.save(self, x)
         return run.kernels.dense_forward(x, self.weight, self.bias)
-
-    def response(self, dx, run, channels):
-        """Return how much the output changes if the inputs `channels` (a slice) change by dx."""
-        return run.kernels.dense_forward(dx, np.ascontiguousarray(self.weight[:, channels]), 0 * self.bias)
 
     def backward(self, dy, run):
         (x,) = run.saved[self.name]
@@ -245,7 +239,7 @@ class BatchNorm(Layer):
             self.running_variance += momentum * (variance - self.running_variance)
 
     def forward_channels(self, x, run, channels):
-        mean, variance = run.kernels.batchnorm_statistics(x, run.n_images)
+        mean, variance = run.statistics[self.name] = run.kernels.batchnorm_statistics(x, run.n_images)
         return run.kernels.scale_shift(x, *self.scale_and_shift(mean, variance, channels))
 
     def backward(self, dy, run):

@@ -26,7 +26,7 @@ from .layers import (
     Standardize,
 )
 
-CHUNK = 1000  # images that pass through the network at once, to bound the memory of activations
+CHUNK = 256  # images that pass through the network at once: few enough that activations stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,9 +166,11 @@ class Network:
 
     def backpropagate(self, dlogits, run):
         """Fill `run.gradients` from the gradient of the loss with respect to the logits."""
-        dy = dlogits
+        dy, run.first = dlogits, next(layer for layer in self.leaves if layer.parameter_names)
         for layer in reversed(self.layers):
             dy = layer.backward(dy, run)
+            if layer is run.first:
+                break
 
     def forward(self, images, backend="cpu"):
         """Return the logits, with BatchNorm's stored statistics.

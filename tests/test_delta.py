@@ -5,7 +5,8 @@ import pytest
 
 from rso_numba import datasets, models, rso
 from rso_numba.evaluators import DeltaForward, FullForward, evaluator
-from rso_numba.kernels import changes, cpu
+from rso_numba.kernels import changes, cpu, softmax
+from rso_numba.kernels.tails import no_tail
 from rso_numba.layers import BatchNorm, Conv2D, Dense, Flatten, MaxPool, ReLU, Standardize
 from rso_numba.models import Network, build
 
@@ -71,7 +72,8 @@ def test_a_whole_round_decides_alike(name, hold, preset, rng):
         for network, evaluation in zip(networks, ("full", "delta"), strict=True)]
     ties = 0
     for full, delta in zip(*streams, strict=True):
-        np.testing.assert_allclose(delta.losses, full.losses, rtol=1e-5, err_msg=f"{full}\n{delta}")
+        # atol: a loss near 0 comes from logits that are rounded to 1e-6 themselves
+        np.testing.assert_allclose(delta.losses, full.losses, 1e-5, 1e-6, err_msg=f"{full}\n{delta}")
         if full.choice != delta.choice:
             best, second, _ = sorted(full.losses)
             assert second - best < 1e-5 * best
@@ -150,7 +152,7 @@ def test_fast_exp():
     @changes.kernel
     def exponentials(x, y):
         for i in range(len(x)):
-            y[i] = changes.fast_exp(x[i])
+            y[i] = softmax.fast_exp(x[i])
 
     x = np.linspace(-87, 88, 100_001, dtype=np.float32)
     y = np.empty_like(x)
@@ -162,7 +164,7 @@ def test_fast_exp():
 def test_convolution_and_average_pool_in_one(shape, rng):
     x = cpu.pack(rng.standard_normal(shape, np.float32))
     weight, bias = rng.standard_normal((5, shape[1], 3, 3), np.float32), rng.standard_normal(5, np.float32)
-    merged = changes.conv2d_avgpool_forward(x, weight, bias)
+    merged, _ = cpu.conv2d_stage(x, no_tail(x), changes.merged_with_avgpool(weight), bias, None, stride=2)
     apart = cpu.avgpool_forward(cpu.conv2d_forward(x, weight, bias))
     merged, apart = cpu.unpack(merged, shape[0]), cpu.unpack(apart, shape[0])
     np.testing.assert_allclose(merged, apart, rtol=1e-4, atol=1e-5)

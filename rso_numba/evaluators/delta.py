@@ -1,13 +1,13 @@
 """Exact losses from what one weight changes. The reasons, with a picture, are in `delta.md`.
 
 A network is cut into *stages*: a layer that mixes channels (convolution, dense) and the layers up to
-the next one, which treat every channel by itself. A weight of a stage changes one channel k of its
-output z by `amount * u`. The stage's other layers keep the change in channel k; the next stage adds
-what that channel contributes; what follows is computed in full. In the last stage z are the logits,
-and the loss has a closed form.
+the next one, which treat every channel by itself (`stages.py`). Changes of weights of a stage change one
+channel k of its output z by u, a sum of shifted input channels. The stage's other layers keep the change in
+channel k; the next stage adds what that channel contributes to its output z_next; what follows is computed
+in full. In the last stage z are the logits, and the loss has a closed form.
 
-For each mini-batch that comes back, x and z of the stage that is being searched are kept, and a log
-of the changes that were kept brings them up to date.
+For each mini-batch that comes back, x, z and z_next of the stage that is being searched are kept, and a log
+of the changes that were kept brings them up to date in the same way.
 """
 
 from dataclasses import dataclass, field
@@ -15,31 +15,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..kernels import changes, cpu
-from ..layers import AvgPool, BatchNorm, Dense, Pass
+from ..kernels.lanes import LANES
+from ..kernels.memory import Arena
+from ..kernels.tails import no_tail
+from ..layers import Dense
+from .stages import cut, forward, new_pass
 
 MANY = 100  # weights in a stage: with fewer, only a batch that came back once is expected again
-
-
-@dataclass(eq=False)
-class Stage:
-    """A mixing layer and the channelwise layers behind it; `pooled`: an AvgPool is merged into it."""
-
-    mixing: object
-    tail: list = field(default_factory=list)
-    pooled: bool = False
-
-    def forward(self, x, run):
-        """Return z, the output of the mixing layer."""
-        if self.pooled:
-            return changes.conv2d_avgpool_forward(x, self.mixing.weight, self.mixing.bias)
-        return self.mixing.forward(x, run)
-
-    def response(self, dx, run, channels):
-        """Return how much z changes if the input `channels` (a slice) change by dx."""
-        if self.pooled:
-            weight = np.ascontiguousarray(self.mixing.weight[:, channels])
-            return changes.conv2d_avgpool_forward(dx, weight, 0 * self.mixing.bias)
-        return self.mixing.response(dx, run, channels)
+BIAS, NO_TAP = -1, -2  # instead of an input channel: gamma and beta change a channel, but not z
 
 
 @dataclass(eq=False)
@@ -50,40 +33,33 @@ class Batch:
     labels: np.ndarray
     x: np.ndarray | None = None  # input of the stage, packed; in the last stage by feature
     z: np.ndarray | None = None  # output of its mixing layer, likewise
+    tail: tuple | None = None  # what z passes before the next stage
+    a: np.ndarray | None = None  # what comes before that tail, if layers of the stage run apart: else it is z
+    z_next: np.ndarray | None = None  # output of the next stage's mixing layer
+    next_statistics: tuple | None = None  # mean and variance of z_next, if a BatchNorm needs them
+    loss: float | None = None  # of the weights as they are
+    statistics: dict = field(default_factory=dict)  # mean and variance that every BatchNorm took
     padded_labels: np.ndarray | None = None  # in the last stage: -1 in lanes without image
-    applied: int = 0  # how many entries of the log are in z
-    statistics: dict = field(default_factory=dict)  # of the BatchNorms before the stage
+    applied: int = 0  # how many entries of the log are in z and z_next
     visits: int = 0
-    is_held: bool = False  # x and z wait for the batch to come back
+    is_held: bool = False  # all this waits for the batch to come back
 
 
 @dataclass(eq=False)
-class Base:
-    """The network beyond z, for one mini-batch and the weights as they are."""
+class Change:
+    """What becomes of one channel of a stage, and of the network behind it."""
 
-    a: np.ndarray  # input of the next stage
-    z_next: np.ndarray  # output of its mixing layer
-    loss: float
-    statistics: dict  # of the stage's BatchNorms: mean and variance, by layer name
-
-    def adopt(self, tried):
-        """Become what was tried."""
-        self.a[:, tried.first : tried.first + tried.y.shape[1]] = tried.y
-        self.z_next, self.loss = tried.z_next, tried.loss
-        for name, channel, mean, variance in tried.statistics:
-            self.statistics[name][0][channel], self.statistics[name][1][channel] = mean, variance
-
-
-@dataclass(eq=False)
-class Tried:
-    """What became of one candidate."""
-
-    value: float
-    first: int  # of the channels of a that changed
-    y: np.ndarray  # what they became
+    u: np.ndarray  # z[channel] changes by amount * u
+    amount: np.float32
+    channels: slice  # of what comes before the tail (a Flatten makes many of one)
+    a: np.ndarray | None  # what they become, if layers of the stage run apart
+    tail: tuple  # of these channels
+    statistics: dict  # their mean and variance in every BatchNorm of the stage
     z_next: np.ndarray
-    loss: float
-    statistics: list  # (layer name, channel, mean, variance) of a BatchNorm that comes first
+    next_statistics: tuple | None
+    value: float | None = None  # of the weight, if this is a candidate
+    loss: float | None = None
+    later_statistics: dict = field(default_factory=dict)  # of the BatchNorms behind z_next
 
 
 class DeltaForward:
@@ -104,24 +80,11 @@ class DeltaForward:
         If the network is no chain of mixing and channelwise layers that ends in a dense layer.
     """
 
-    def __init__(self, network, momentum=0.0, memory=4.5e9):
-        self.network, self.momentum, self.memory = network, momentum, memory
-        self.head, self.stages, self.stage_of = [], [], {}
-        for layer in network.layers:
-            if layer not in network.leaves:
-                raise ValueError(f"{layer} holds layers; delta evaluation takes chains only, "
-                                 "use evaluation='full'")
-            if layer.mixes_channels:
-                self.stages.append(Stage(layer))
-            elif not self.stages:
-                self.head.append(layer)
-            elif isinstance(layer, AvgPool) and not self.stages[-1].tail and not self.stages[-1].pooled:
-                self.stages[-1].pooled = True
-            else:
-                self.stages[-1].tail.append(layer)
-            self.stage_of[layer.name] = len(self.stages) - 1
-        if not self.stages or not isinstance(self.stages[-1].mixing, Dense) or self.stages[-1].tail:
-            raise ValueError("the network does not end in a dense layer; use evaluation='full'")
+    def __init__(self, network, momentum=0.0, memory=3.5e9):
+        self.network, self.momentum, self.arena = network, momentum, Arena(memory)
+        self.head, self.stages = cut(network)
+        self.stage_of = {layer.name: d for d, stage in enumerate(self.stages)
+                         for layer in (stage.mixing, *stage.layers)}
         self.batch, self.key = None, None
         self.known = network.weights.copy()  # the weights that everything remembered belongs to
         self.equal = np.empty(network.n_weights, np.bool_)
@@ -130,8 +93,9 @@ class DeltaForward:
 
     def _forget(self, d):
         """Begin to search stage d, with nothing remembered."""
-        self.d, self.base, self.tried = d, None, []
-        self.batches, self.held_bytes = {}, 0
+        self.d, self.tried = d, []
+        self.batches = {}
+        self.arena.forget()
         self.log_where, self.log_amount = np.empty((256, 4), np.int64), np.empty(256, np.float32)
         self.log_length = 0
         self.known[:] = self.network.weights
@@ -144,8 +108,8 @@ class DeltaForward:
         Two calls with the same `key` promise the same images and labels.
         """
         if self.batch is not None and not self.batch.is_held:
-            self.batch.x = self.batch.z = None
-        self.base, self.tried, self.is_new, self.key = None, [], True, key
+            self.batch.x = self.batch.z = self.batch.a = self.batch.z_next = None
+        self.tried, self.is_new, self.key = [], True, key
         self._take(images, labels)
 
     def _take(self, images, labels):
@@ -161,11 +125,14 @@ class DeltaForward:
             self._forget(d)
         before = parameter.value[index]
         try:
-            if self.base is None and candidates[0] != before and d < len(self.stages) - 1:
-                # weight decay: the loss of the decayed weight is asked for anyway, let it be the base
+            if candidates[0] != before and d < len(self.stages) - 1:
+                # weight decay: the decayed weight is what both other candidates start from
                 parameter.value[index] = candidates[0]
                 self._note(parameter, index, candidates[0])
-            return self._losses(parameter, index, candidates)
+            steps = np.array([float(c) - float(parameter.value[index]) for c in candidates], np.float32)
+            if d == len(self.stages) - 1:
+                return self._last_losses(self.batch, parameter, index, steps)
+            return self._losses(self.batch, parameter, index, candidates, steps)
         finally:
             parameter.value[index] = before
 
@@ -179,168 +146,190 @@ class DeltaForward:
         if self.known_value[str(parameter)][index] == value:
             return
         self._note(parameter, index, value)
-        winner = [tried for tried in self.tried if tried.value == value]
-        if self.base is not None and winner:  # the same batch may be asked about again: hold="filter"
-            self.base.adopt(winner[0])
-        else:
-            self.base = None
+        for change in self.tried:
+            if change.value == value:
+                self._adopt(self.batch, index[0], change)
+                self.batch.applied = self.log_length
+                break
+        self.tried = []
 
     def _note(self, parameter, index, value):
         """Take note that a weight is `value` now."""
         known = self.known_value[str(parameter)]
         amount, known[index] = np.float32(value) - known[index], value
-        if parameter.layer == self.stages[self.d].mixing.name:
-            if self.log_length == len(self.log_amount):
-                self.log_where = np.concatenate([self.log_where, self.log_where])
-                self.log_amount = np.concatenate([self.log_amount, self.log_amount])
-            self.log_where[self.log_length] = _where(parameter, index)
-            self.log_amount[self.log_length] = amount
-            self.log_length += 1
-
-    def _losses(self, parameter, index, candidates):
-        batch, stage, channel = self.batch, self.stages[self.d], index[0]
-        momentum, self.is_new = (self.momentum if self.is_new else 0.0), False
-        self._prepare(batch, stage, momentum)
-        steps = np.array([float(c) - float(parameter.value[index]) for c in candidates], np.float32)
-        if stage is self.stages[-1]:
-            return self._last_losses(batch, parameter, index, steps)
-        self._replay(batch, stage)
-        if self.base is None:
-            self.base = self._compute_base(batch, momentum)
-        u, moments = None, None
-        self.tried, losses = [], np.full(len(candidates), self.base.loss)
-        for i in np.flatnonzero(steps):
-            if u is None:
-                u, moments = self._u(batch, stage, parameter, index)
-            parameter.value[index] = candidates[i]
-            amount = steps[i] if parameter.layer == stage.mixing.name else np.float32(0)
-            y, statistics = self._channel(batch, stage, channel, u, amount, moments)
-            tried = self._respond(y, channel, candidates[i], statistics)
-            losses[i] = tried.loss
-            self.tried.append(tried)
-        return losses
-
-    def _prepare(self, batch, stage, momentum):
-        """Compute input and output of the stage, unless the batch has kept them."""
-        if batch.z is None:
-            run = Pass(cpu, len(batch.labels), batch_statistics=True)
-            x = cpu.pack(batch.images)
-            for layer in self.head:
-                x = layer.forward(x, run)
-            x = _through(self.stages[: self.d], x, run)
-            batch.x, batch.z, batch.applied = x, stage.forward(x, run), self.log_length
-            if stage is self.stages[-1]:
-                batch.x, batch.z = changes.by_feature(x, n_ones=1), changes.by_feature(batch.z)
-                batch.padded_labels = np.full(batch.z.shape[1], -1)
-                batch.padded_labels[: len(batch.labels)] = batch.labels
-            batch.statistics = run.statistics
-            size = batch.x.nbytes + batch.z.nbytes
-            comes_back = batch.visits > 1 or stage.mixing.weight.size > MANY
-            if self.key is not None and comes_back and self.held_bytes + size <= self.memory:
-                batch.is_held = True
-                self.held_bytes += size
-        if momentum:
-            for layer in self.network.layers:
-                if layer.name in batch.statistics:
-                    layer.follow(*batch.statistics[layer.name], momentum)
-
-    def _replay(self, batch, stage):
-        """Bring z up to date with the changes of weights that the batch has missed."""
-        if batch.applied < self.log_length:
-            missed = slice(batch.applied, self.log_length)
-            changes.replay_blocks(_maps(batch.z), _maps(batch.x), self.log_where[missed],
-                                  self.log_amount[missed], 2 if stage.pooled else 1)
-            batch.applied = self.log_length
+        if self.log_length == len(self.log_amount):
+            self.log_where = np.concatenate([self.log_where, self.log_where])
+            self.log_amount = np.concatenate([self.log_amount, self.log_amount])
+        self.log_where[self.log_length] = _where(parameter, index)
+        self.log_amount[self.log_length] = amount
+        self.log_length += 1
 
     def _last_losses(self, batch, parameter, index, steps):
         """Return the losses in the last stage, where z are the logits."""
+        if batch.z is None:
+            run, stage = new_pass(len(batch.labels)), self.stages[-1]
+            batch.x = self._input(batch, run)
+            batch.z, _ = stage.mix(batch.x, None, run.n_images)
+            batch.x = changes.by_feature(batch.x.reshape(len(batch.x), -1, LANES), n_ones=1)
+            batch.z = changes.by_feature(batch.z.reshape(len(batch.z), -1, LANES))
+            batch.padded_labels = np.full(batch.z.shape[1], -1)
+            batch.padded_labels[: len(batch.labels)] = batch.labels
+            batch.statistics, batch.applied = run.statistics, self.log_length
+            self._hold(batch, stage)
+        self._follow(batch)
         missed = slice(batch.applied, self.log_length)
+        batch.applied = self.log_length
         k, j, _, _ = _where(parameter, index)
         sums = changes.dense_trial(batch.z, batch.x, self.log_where[missed], self.log_amount[missed], k, j,
                                    steps, batch.padded_labels)
-        batch.applied = self.log_length
         return sums / len(batch.labels)
 
-    def _compute_base(self, batch, momentum):
-        run = Pass(cpu, len(batch.labels), batch_statistics=True, momentum=momentum)
-        a = batch.z
-        for layer in self.stages[self.d].tail:
-            a = layer.forward(a, run)
-        if np.may_share_memory(a, batch.z):
-            a = a.copy()  # a Flatten alone makes a view, and z changes before a does
-        z_next = self.stages[self.d + 1].forward(a, run)
-        return Base(a, z_next, self._finish(z_next, run), run.statistics)
+    def _losses(self, batch, parameter, index, candidates, steps):
+        """Return the losses in any other stage."""
+        channel, n = index[0], len(batch.labels)
+        if batch.z is None:
+            self._compute(batch)
+        self._catch_up(batch)
+        if batch.loss is None:
+            batch.loss, statistics = self._finish(batch.z_next, batch.next_statistics, n)
+            batch.statistics.update(statistics)
+        self._follow(batch)
+        self.tried, losses = [], np.full(len(candidates), batch.loss)
+        where = np.array([_where(parameter, index)])
+        u = moments = None
+        for i in np.flatnonzero(steps):
+            if u is None:
+                u, moments = self._u(batch, channel, where, np.ones(1, np.float32))
+            parameter.value[index] = candidates[i]
+            amount = steps[i] if where[0, 1] != NO_TAP else np.float32(0)
+            change = self._change(batch, channel, u, moments, amount)
+            change.value = candidates[i]
+            change.loss, change.later_statistics = self._finish(change.z_next, change.next_statistics, n)
+            losses[i] = change.loss
+            self.tried.append(change)
+        return losses
 
-    def _finish(self, z_next, run):
-        """Return the loss from the output of the next stage's mixing layer, by a full forward pass."""
-        following, *later = self.stages[self.d + 1 :]
-        x = z_next
-        for layer in following.tail:
+    def _input(self, batch, run):
+        """Return the input of the stage that is being searched."""
+        x = cpu.pack(batch.images)
+        for layer in self.head:
             x = layer.forward(x, run)
-        return cpu.mean_loss(_through(later, x, run), self.batch.labels)
+        if self.d > 0:
+            z, statistics = forward(self.stages[: self.d], x, None, run)
+            x = cpu.apply_tail(*self.stages[self.d - 1].leave(z, statistics, run))
+        is_dense = isinstance(self.stages[self.d].mixing, Dense)  # each pixel is a feature then
+        return cpu.as_maps(x.reshape(len(x), -1, LANES) if is_dense else x)
 
-    def _u(self, batch, stage, parameter, index):
-        """Return the map that the weight multiplies, and its moments if a BatchNorm comes next."""
-        if parameter.layer != stage.mixing.name:  # gamma or beta: z stays, any map will do
-            return changes.shifted(_maps(batch.z), index[0], 0, 0, False), None
-        _, c, row, column = _where(parameter, index)
-        if c < 0:
-            u = np.ones_like(_maps(batch.z)[:, :1])
+    def _compute(self, batch):
+        """Compute a mini-batch up to z_next, and keep it if there is room."""
+        run, stage, following = new_pass(len(batch.labels)), *self.stages[self.d : self.d + 2]
+        batch.x = self._input(batch, run)
+        batch.z, statistics = stage.mix(batch.x, None, run.n_images)
+        a, batch.tail = stage.leave(batch.z, statistics, run)
+        if stage.apart:
+            batch.a = a.copy()
+        batch.z_next, batch.next_statistics = following.mix(a, batch.tail, run.n_images)
+        batch.statistics, batch.loss, batch.applied = run.statistics, None, self.log_length
+        self._hold(batch, stage)
+
+    def _hold(self, batch, stage):
+        """Keep a mini-batch until it comes back, if that is likely and there is room."""
+        if self.key is None or (batch.visits == 1 and stage.mixing.weight.size <= MANY):
+            return
+        names = [name for name in ("x", "z", "a", "z_next") if getattr(batch, name) is not None]
+        copies = self.arena.hold([getattr(batch, name) for name in names])
+        if copies is not None:
+            batch.is_held = True
+            for name, copy in zip(names, copies, strict=True):
+                setattr(batch, name, copy)
+
+    def _follow(self, batch):
+        """Let the running averages follow the statistics of a new mini-batch."""
+        if self.is_new and self.momentum:
+            for layer in self.network.layers:
+                if layer.name in batch.statistics:
+                    layer.follow(*batch.statistics[layer.name], self.momentum)
+        self.is_new = False
+
+    def _catch_up(self, batch):
+        """Bring a mini-batch up to date with the changes of weights that it has missed."""
+        missed = slice(batch.applied, self.log_length)
+        where, amounts, batch.applied = self.log_where[missed], self.log_amount[missed], self.log_length
+        for channel in np.unique(where[:, 0]):
+            own = where[:, 0] == channel
+            u, moments = self._u(batch, channel, where[own], amounts[own])
+            self._adopt(batch, channel, self._change(batch, channel, u, moments, np.float32(1)))
+
+    def _adopt(self, batch, channel, change):
+        """Make a change the state of a mini-batch."""
+        changes.add_to_channel(batch.z, channel, change.u, change.amount)
+        for name, statistics in change.statistics.items():
+            for array, values in zip(batch.statistics[name], statistics, strict=True):
+                array[change.channels] = values
+        for array, values in zip(batch.tail[:2], change.tail[:2], strict=True):
+            array[change.channels] = values
+        if change.a is not None:
+            batch.a[:, change.channels] = change.a
+        batch.z_next, batch.next_statistics, batch.loss = change.z_next, change.next_statistics, change.loss
+        batch.statistics.update(change.later_statistics)
+
+    def _u(self, batch, channel, where, amounts):
+        """Return u, what weights of an output channel add to it, and its moments if a BatchNorm is next."""
+        stage, taps = self.stages[self.d], where[:, 1] != NO_TAP
+        mean = float(batch.statistics[stage.norm.name][0][channel]) if stage.norm else None
+        return changes.change_of_channel(batch.x, where[taps, 1:], amounts[taps], stage.step,
+                                         batch.z, channel, mean, len(batch.labels))
+
+    def _change(self, batch, channel, u, moments, amount):
+        """Return what z[channel] + amount * u makes of z_next."""
+        stage, following, run = self.stages[self.d], self.stages[self.d + 1], new_pass(len(batch.labels))
+        channels, a, statistics = slice(channel, channel + 1), None, None
+        if stage.apart:
+            a = changes.channel_sum(batch.z, channel, u, amount)
+            for layer in stage.apart:
+                a = layer.forward_channels(a, run, channels)
+                channels = slice(channel * a.shape[1], (channel + 1) * a.shape[1])
+            a = cpu.as_maps(a)
+            change, tail = a - batch.a[:, channels], no_tail(a)
         else:
-            u = changes.shifted(_maps(batch.x), c, row, column, stage.pooled)
-        if not stage.tail or not isinstance(stage.tail[0], BatchNorm):
-            return u, None
-        mean = self.base.statistics[stage.tail[0].name][0][index[0]]
-        return u, changes.moments(_maps(batch.z), index[0], u, mean, len(batch.labels))
+            if stage.norm:
+                known = (s[channels] for s in batch.statistics[stage.norm.name])
+                statistics = _moved(*known, moments, amount)
+                run.statistics[stage.norm.name] = statistics
+            before = batch.tail._replace(scale=batch.tail.scale[channels], shift=batch.tail.shift[channels])
+            tail = stage.tail(1, statistics, channels)
+            change = changes.tail_change(batch.z, channel, u, amount, before, tail)
+        features = channels
+        if isinstance(following.mixing, Dense):  # which sees the pixels of a channel as features
+            width = change[0, 0].size // LANES
+            features = slice(channels.start * width, channels.stop * width)
+        z_next = following.mix(change, None, run.n_images, features, batch.z_next)
+        return Change(u, amount, channels, a, tail, run.statistics, *z_next)
 
-    def _channel(self, batch, stage, channel, u, amount, moments):
-        """Return the changed channel at the end of the stage, and its statistics (see `Tried`)."""
-        run = Pass(cpu, len(batch.labels), batch_statistics=True)
-        scale, shift, tail, statistics = np.float32(1), np.float32(0), stage.tail, []
-        if tail and isinstance(tail[0], BatchNorm):
-            norm, tail = tail[0], tail[1:]
-            mean, variance = (float(s[channel]) for s in self.base.statistics[norm.name])
-            if moments is not None:  # of z + amount u, in closed form
-                mean_u, covariance, variance_u = moments
-                mean += amount * mean_u
-                variance = max(variance + 2 * amount * covariance + amount * amount * variance_u, 0.0)
-            scale, shift = map(np.float32, norm.scale_and_shift(mean, variance, channel))
-            statistics.append((norm.name, channel, mean, variance))
-        y = changes.blend(_maps(batch.z), channel, u, amount, scale, shift)
-        for layer in tail:
-            y = layer.forward_channels(y, run, slice(channel, channel + 1))
-        return y, statistics
-
-    def _respond(self, y, channel, value, statistics):
-        """Return what the network makes of the changed channel y."""
-        run = Pass(cpu, len(self.batch.labels), batch_statistics=True)
-        a, following = self.base.a, self.stages[self.d + 1]
-        y = y.reshape(len(a), -1, *a.shape[2:])
-        first = channel * y.shape[1]
-        change = changes.difference(a, y, first)
-        z_next = following.response(change, run, slice(first, first + y.shape[1]))
-        changes.add_blocks_to(z_next.reshape(len(a), -1), self.base.z_next.reshape(len(a), -1))
-        return Tried(value, first, y, z_next, self._finish(z_next, run), statistics)
+    def _finish(self, z_next, statistics, n_images):
+        """Return the loss from the output of the next stage's mixing layer, and the statistics behind it."""
+        run = new_pass(n_images)
+        z, stages = z_next, self.stages[self.d + 1 :]
+        for stage, following in zip(stages, stages[1:], strict=False):
+            z, tail = stage.leave(z, statistics, run)
+            z, statistics = following.mix(z, tail, n_images)
+        return cpu.mean_loss(z.reshape(len(z), -1, LANES), self.batch.labels), run.statistics
 
 
-def _through(stages, x, run):
-    """Return what whole stages make of x."""
-    for stage in stages:
-        x = stage.forward(x, run)
-        for layer in stage.tail:
-            x = layer.forward(x, run)
-    return x
-
-
-def _maps(z):
-    """View features (n_blocks, n, LANES) as n maps of one pixel; maps stay as they are."""
-    return z if z.ndim == 5 else z.reshape(len(z), -1, 1, 1, z.shape[-1])
+def _moved(mean, variance, moments, amount):
+    """Return mean and variance (1,) of z + amount * u, in closed form."""
+    mean_u, covariance, variance_u = moments
+    mean, variance, amount = float(mean[0]), float(variance[0]), float(amount)
+    variance += 2 * amount * covariance + amount * amount * variance_u
+    return np.array([mean + amount * mean_u]), np.array([max(variance, 0.0)])
 
 
 def _where(parameter, index):
-    """Return output channel, input channel (-1: bias), row and column of a weight; the last relative."""
+    """Return output channel, input channel (or BIAS, NO_TAP), row and column (relative) of a weight."""
+    if parameter.name in ("gamma", "beta"):
+        return index[0], NO_TAP, 0, 0
     if parameter.name == "bias":
-        return index[0], -1, 0, 0
+        return index[0], BIAS, 0, 0
     if parameter.value.ndim == 2:
         return *index, 0, 0
     middle = parameter.value.shape[2] // 2

@@ -8,181 +8,151 @@ output changes by amount * u, and nothing else does. See `evaluators/delta.md`.
 import math
 
 import numpy as np
-from numba import prange
+from numba import get_num_threads, get_thread_id, prange
 
-from .compiling import formula, kernel, parallel_kernel
-from .cpu import padded_scratch
+from .compiling import kernel, parallel_kernel
 from .lanes import LANES, fill, load, multiply_add, store
 from .memory import empty
-from .products import conv2d_blocks
+from .norms import moment_block
+from .softmax import fast_exp
+from .tails import enter, pooled_shape
 
 ZERO = np.float32(0)
 ONE = np.float32(1)
 CHUNK = 16 * LANES  # images that one thread takes care of in the last layer
 
 
-@formula
-def fast_exp(x):
-    """Return exp(x) within a relative 3e-7, for x in -87..88 (beyond: of the nearer of them).
-
-    Without Intel's vector library, as pip installs Numba, `math.exp` is a call for every number; this
-    is arithmetic that LLVM makes vector instructions of. exp(x) = 2^n exp(r), |r| < log(2) / 2.
-    """
-    x = min(max(x, np.float32(-87)), np.float32(88))
-    n = np.int32(x * np.float32(1.44269504) + (np.float32(0.5) if x > ZERO else np.float32(-0.5)))
-    # r = x - n log(2), with log(2) in two parts, the first of which has few bits
-    r = x - np.float32(n) * np.float32(0.693359375) + np.float32(n) * np.float32(2.12194440e-4)
-    p = np.float32(1 / 720)
-    p = p * r + np.float32(1 / 120)
-    p = p * r + np.float32(1 / 24)
-    p = p * r + np.float32(1 / 6)
-    p = p * r + np.float32(0.5)
-    p = (p * r + ONE) * r + ONE
-    return p * np.int32((n + np.int32(127)) << np.int32(23)).view(np.float32)  # the bits of 2^n
-
-
-def shifted(x, channel, row, column, pooled):
-    """Return u: a channel of x moved by (row, column), zeros where it leaves; `pooled`: its 2x2 means."""
-    # x (n_blocks, C, H, W, LANES) -> (n_blocks, 1, H, W, LANES) or half of it
-    step = 2 if pooled else 1
-    u = empty((len(x), 1, x.shape[2] // step, x.shape[3] // step, LANES), x.dtype)
-    shift_blocks(x, channel, row, column, step, u)
-    return u
-
-
-@parallel_kernel
-def shift_blocks(x, channel, row, column, step, u):
-    # u[h, w] = mean over i, j < step of x[step * h + i + row, step * w + j + column]
-    share = ONE / np.float32(step * step)
-    for b in prange(x.shape[0]):
-        for h in range(u.shape[2]):
-            for w in range(u.shape[3]):
-                for lane in range(LANES):
-                    u[b, 0, h, w, lane] = ZERO
-                for i in range(step * h + row, step * h + row + step):
-                    for j in range(step * w + column, step * w + column + step):
-                        if 0 <= i < x.shape[2] and 0 <= j < x.shape[3]:
-                            for lane in range(LANES):
-                                u[b, 0, h, w, lane] += share * x[b, channel, i, j, lane]
-
-
-def blend(z, channel, u, amount, scale, shift):
-    """Return scale * (z[channel] + amount * u) + shift, a map of one channel."""
-    y = empty(u.shape, u.dtype)
-    blend_blocks(z, channel, u, amount, scale, shift, y)
-    return y
-
-
-@parallel_kernel
-def blend_blocks(z, channel, u, amount, scale, shift, y):
-    # z (n_blocks, C, H, W, LANES), u, y (n_blocks, 1, H, W, LANES)
-    for b in prange(z.shape[0]):
-        for h in range(y.shape[2]):
-            for w in range(y.shape[3]):
-                for lane in range(LANES):
-                    changed = z[b, channel, h, w, lane] + amount * u[b, 0, h, w, lane]
-                    y[b, 0, h, w, lane] = scale * changed + shift
-
-
-def moments(z, channel, u, mean, n_images):
-    """Return mean(u), covariance(z, u) and variance(u), where z is a channel with the given mean."""
-    sums = np.empty((3, len(z)))
-    moment_blocks(z, channel, u, mean, n_images, sums)
-    mean_u, mean_zu, mean_uu = sums.sum(axis=1) / (n_images * u.shape[2] * u.shape[3])
-    return mean_u, mean_zu, mean_uu - mean_u**2
-
-
-@parallel_kernel
-def moment_blocks(z, channel, u, mean, n_images, sums):
-    # sums (3, n_blocks) of u, (z - mean) u and u u
-    for b in prange(z.shape[0]):
-        sums[0, b], sums[1, b], sums[2, b] = moment_block(z[b, channel], u[b, 0], mean, n_images - b * LANES)
-
-
-@kernel
-def moment_block(z, u, mean, n_lanes):
-    # z, u (H, W, LANES) -> three sums over the real lanes, row by row in float32, then in float64
-    total_u = total_zu = total_uu = 0.0
-    for h in range(u.shape[0]):
-        row_u = row_zu = row_uu = ZERO
-        for w in range(u.shape[1]):
-            for lane in range(LANES):
-                value = u[h, w, lane] if lane < n_lanes else ZERO
-                row_u += value
-                row_zu += (z[h, w, lane] - mean) * value
-                row_uu += value * value
-        total_u += row_u
-        total_zu += row_zu
-        total_uu += row_uu
-    return total_u, total_zu, total_uu
-
-
-def difference(a, y, start):
-    """Return y minus channels start, start + 1, ... of a."""
-    # a (n_blocks, C, ..., LANES), y (n_blocks, c, ..., LANES)
-    d = empty(y.shape, y.dtype)
-    rows = (array.reshape(len(array), -1) for array in (a, y, d))
-    difference_blocks(*rows, start * (y[0].size // y.shape[1]))
-    return d
-
-
-@parallel_kernel
-def difference_blocks(a, y, d, first):
-    # a (n_blocks, m), y, d (n_blocks, n); the channels are a[:, first : first + n]
-    for b in prange(a.shape[0]):
-        for i in range(y.shape[1]):
-            d[b, i] = y[b, i] - a[b, first + i]
-
-
-@parallel_kernel
-def add_blocks_to(y, z):
-    """Add z to y, in place; both (n_blocks, n)."""
-    for b in prange(y.shape[0]):
-        for i in range(y.shape[1]):
-            y[b, i] += z[b, i]
-
-
-def conv2d_avgpool_forward(x, weight, bias):
-    """Return the 2x2 means of a convolution: one convolution of stride 2 with filters larger by one."""
-    # x (n_blocks, C_in, H, W, LANES), weight (C_out, C_in, k, k) -> (n_blocks, C_out, H // 2, W // 2, LANES)
+def merged_with_avgpool(weight):
+    """Return filters (C_out, C_in, k + 1, k + 1) whose outputs, at stride 2, are means of those of weight."""
     size = weight.shape[2]
     merged = np.zeros((*weight.shape[:2], size + 1, size + 1), weight.dtype)
     for i in (0, 1):
         for j in (0, 1):
             merged[:, :, i : i + size, j : j + size] += weight / 4
-    y = empty((len(x), len(weight), x.shape[2] // 2, x.shape[3] // 2, LANES), x.dtype)
-    conv2d_blocks(x, merged, bias, y, padded_scratch(x, size - 1), 2)
-    return y
+    return merged
+
+
+def merged_taps(taps, amounts, step):
+    """Return taps (n, 3) and amounts (n,) of a merged average pool (step 2): four for each; or the same."""
+    if step == 1:
+        return taps, amounts
+    corners = np.array([(0, i, j) for i in (0, 1) for j in (0, 1)])
+    return (taps[:, None] + corners).reshape(-1, 3), np.repeat(amounts / 4, 4)
+
+
+def change_of_channel(x, taps, amounts, step, z, k, mean, n_images):
+    """Return u, by which changes of weights change channel k of z, and its moments if z has a `mean` there.
+
+    Parameters
+    ----------
+    x, z : ndarray (n_blocks, C_in, step * h, step * w, LANES), (n_blocks, C_out, h, w, LANES)
+        Input and output of the convolution; step is 2 with a merged average pool.
+    taps, amounts : ndarray (n, 3) int, (n,)
+        Input channel (negative: the bias), row and column of each weight, and what is added to it.
+    mean : float or None
+    n_images : int
+
+    Returns
+    -------
+    u : ndarray (n_blocks, 1, h, w, LANES)
+    moments : (float, float, float) or None
+        mean(u), covariance(z, u), variance(u).
+    """
+    u = empty((len(x), 1, *z.shape[2:]), x.dtype)
+    sums = np.empty((3, 0 if mean is None else len(x)))
+    taps, amounts = merged_taps(taps, amounts, step)
+    shift_blocks(x, taps, amounts, step, u, z, k, np.float32(mean or 0), n_images, sums)
+    if mean is None:
+        return u, None
+    mean_u, mean_zu, mean_uu = sums.sum(axis=1) / (n_images * u.shape[2] * u.shape[3])
+    return u, (mean_u, mean_zu, mean_uu - mean_u**2)
 
 
 @parallel_kernel
-def replay_blocks(z, x, changes, amounts, step):
-    """Bring the output z of a convolution up to date with the changes of its weights that it has missed.
-
-    z (n_blocks, C_out, H, W, LANES), x (n_blocks, C_in, step * H, step * W, LANES), changes (n, 4): output
-    channel, input channel (-1 for the bias), row and column; amounts (n,). Block by block, so that
-    a map stays in the cache for all its changes.
-    """
-    for b in prange(z.shape[0]):
-        for i in range(len(amounts)):
-            k, c, row, column = changes[i, 0], changes[i, 1], changes[i, 2], changes[i, 3]
-            replay_block(z[b, k], x[b], c, row, column, amounts[i], step)
+def shift_blocks(x, taps, amounts, step, u, z, k, mean, n_images, sums):
+    # x (n_blocks, C_in, step * h, step * w, LANES), taps (n, 3), amounts (n,)
+    # u (n_blocks, 1, h, w, LANES), z (n_blocks, C_out, h, w, LANES)
+    # sums (3, n_blocks) of u, (z - mean) u and u u, or of no blocks if nobody asks
+    for b in prange(x.shape[0]):
+        shift_block(x[b], taps, amounts, step, u[b, 0])
+        if sums.shape[1] > 0:
+            sums[0, b], sums[1, b], sums[2, b] = moment_block(z[b, k], u[b, 0], mean, n_images - b * LANES)
 
 
 @kernel
-def replay_block(z, x, channel, row, column, amount, step):
-    # z (H, W, LANES) += amount * u, see shift_blocks
-    share = amount / np.float32(step * step)
-    for h in range(z.shape[0]):
-        for w in range(z.shape[1]):
-            value = load(z, (h, w))
-            if channel < 0:
-                value = multiply_add(amount, fill(ONE), value)
-            else:
-                for i in range(max(step * h + row, 0), min(step * h + row + step, x.shape[1])):
-                    for j in range(max(step * w + column, 0), min(step * w + column + step, x.shape[2])):
-                        value = multiply_add(share, load(x, (channel, i, j)), value)
-            store(z, (h, w), value)
+def shift_block(x, taps, amounts, step, u):
+    # u (h, w, LANES) = the sum over the taps of amount * x[c, step * h + row, step * w + column], row by row
+    for h in range(u.shape[0]):
+        for w in range(u.shape[1]):
+            store(u, (h, w), fill(ZERO))
+        for t in range(len(amounts)):
+            c, row, column, amount = taps[t, 0], step * h + taps[t, 1], taps[t, 2], amounts[t]
+            if c < 0:
+                for w in range(u.shape[1]):
+                    store(u, (h, w), multiply_add(amount, fill(ONE), load(u, (h, w))))
+            elif 0 <= row < x.shape[1]:
+                # the pixels whose column is inside: 0 <= step * w + column < W
+                first, last = max((step - 1 - column) // step, 0), (x.shape[2] - 1 - column) // step + 1
+                for w in range(first, min(last, u.shape[1])):
+                    moved = load(x, (c, row, step * w + column))
+                    store(u, (h, w), multiply_add(amount, moved, load(u, (h, w))))
+
+
+def channel_sum(z, k, u, amount):
+    """Return channel k of z plus amount * u, (n_blocks, 1, h, w, LANES)."""
+    y = empty(u.shape, u.dtype)
+    sum_blocks(z, k, u, amount, y, 0)
+    return y
+
+
+def add_to_channel(z, k, u, amount):
+    """Add amount * u to channel k of z, in place."""
+    sum_blocks(z, k, u, amount, z, k)
+
+
+@parallel_kernel
+def sum_blocks(z, k, u, amount, y, k_y):
+    # z (n_blocks, C_out, h, w, LANES), u (n_blocks, 1, h, w, LANES), y (n_blocks, C, h, w, LANES)
+    for b in prange(z.shape[0]):
+        sum_block(z[b], k, u[b], amount, y[b], k_y)
+
+
+@kernel
+def sum_block(z, k, u, amount, y, k_y):
+    # z (C_out, h, w, LANES), u (1, h, w, LANES), y (C, h, w, LANES)
+    for h in range(u.shape[1]):
+        for w in range(u.shape[2]):
+            store(y, (k_y, h, w), multiply_add(amount, load(u, (0, h, w)), load(z, (k, h, w))))
+
+
+def tail_change(z, k, u, amount, before, after):
+    """Return what the tail `after` makes of channel k of z plus amount * u, less what `before` makes of it.
+
+    The tails have one channel; the result is (n_blocks, 1, h', w', LANES).
+    """
+    change = empty((len(z), *pooled_shape((1, *z.shape[2:4]), after.pool), LANES), z.dtype)
+    room = empty((2, get_num_threads(), 1, *z.shape[2:]), z.dtype)
+    change_blocks(z, k, u, amount, before, after, *room, change)
+    return change
+
+
+@parallel_kernel
+def change_blocks(z, k, u, amount, before, after, changed, old, change):
+    # z (n_blocks, C_out, h, w, LANES), u (n_blocks, 1, h, w, LANES); changed, old (n_threads, 1, h, w, LANES)
+    for b in prange(z.shape[0]):
+        mine, other = changed[get_thread_id()], old[get_thread_id()]
+        sum_block(z[b], k, u[b], amount, mine, 0)
+        enter(mine, after, 0, 0, change[b])
+        enter(z[b, k : k + 1], before, 0, 0, other)
+        subtract(change[b], other)
+
+
+@kernel
+def subtract(change, old):
+    # change (1, h', w', LANES) -= old (1, at least h', at least w', LANES)
+    for h in range(change.shape[1]):
+        for w in range(change.shape[2]):
+            store(change, (0, h, w), multiply_add(-ONE, load(old, (0, h, w)), load(change, (0, h, w))))
 
 
 def by_feature(x, n_ones=0):

@@ -26,7 +26,7 @@ import numpy as np
 from numba import get_num_threads, prange
 
 from . import formulas
-from .compiling import formula, kernel, parallel_kernel
+from .compiling import formula, parallel_kernel
 from .lanes import LANES
 from .memory import empty
 from .norms import batchnorm_gradient_blocks, product_blocks, statistics_blocks
@@ -39,21 +39,29 @@ from .pools import (
     maxpool_blocks,
     maxpool_gradient_blocks,
 )
-from .products import conv2d_blocks, conv2d_weight_blocks, dense_blocks, dense_weight_blocks
+from .products import conv2d_blocks, conv2d_weight_blocks, dense_blocks, dense_weight_blocks, padded_scratch
+from .softmax import cross_entropy_blocks, cross_entropy_gradient_blocks, loss_blocks
+from .tails import enter, no_tail, pooled_shape
 
 ZERO = np.float32(0)
 
 relu = formula(formulas.relu)
 relu_gradient = formula(formulas.relu_gradient)
-maximum = formula(formulas.maximum)
-exp_difference = formula(formulas.exp_difference)
-image_loss = formula(formulas.cross_entropy)
-image_loss_gradient = formula(formulas.cross_entropy_gradient)
 
 
 def by_channel(x):
     """View (n_blocks, C, ..., LANES) as (n_blocks, C, n_pixels, LANES)."""
     return x.reshape(*x.shape[:2], -1, LANES)
+
+
+def as_maps(x):
+    """View features (n_blocks, n, LANES) as n maps of one pixel; maps stay as they are."""
+    return x if x.ndim == 5 else x.reshape(*x.shape[:2], 1, 1, LANES)
+
+
+def as_row(x):
+    """View the features of an image, (n_blocks, ..., LANES), as one row, (n_blocks, 1, 1, n, LANES)."""
+    return x.reshape(len(x), 1, 1, -1, LANES)
 
 
 def pack(images):
@@ -109,24 +117,48 @@ def scale_shift_blocks(x, scale, shift, y):
 
 def conv2d_forward(x, weight, bias):
     """Return the cross-correlation of x with 3x3 (padded by 1) or 1x1 filters, plus bias."""
-    y = empty((len(x), len(weight), *x.shape[2:]), x.dtype)
-    conv2d_blocks(x, weight, bias, y, padded_scratch(x, weight.shape[2] - 1), 1)
+    y, _ = conv2d_stage(x, no_tail(x), weight, bias, n_images=None)
     return y
 
 
-def padded_scratch(x, margins):
-    """Return room (n_threads, C_in, H + margins, W + margins, LANES) for a padded block in each thread."""
-    n_channels, height, width = x.shape[1:4]
-    return empty((get_num_threads(), n_channels, height + margins, width + margins, LANES), x.dtype)
+def conv2d_stage(z, tail, weight, bias, n_images, start=None, stride=1):
+    """Return the convolution of what a `Tail` makes of z, and its statistics (None if n_images is None).
+
+    With `start` it is added to that, instead of the bias. `stride` 2 is for filters that an average pool was
+    merged into.
+    """
+    n_channels, height, width = pooled_shape(z.shape[1:4], tail.pool)
+    y = empty((len(z), len(weight), height // stride, width // stride, LANES), z.dtype)
+    sums = np.empty((2, 0 if n_images is None else len(z), len(weight)))
+    padded = padded_scratch((n_channels, height, width), weight.shape[2], stride, z.dtype)
+    started = start is not None
+    start = start if started else y
+    conv2d_blocks(z, tail, weight, bias, start, started, stride, n_images or 0, y, sums, padded)
+    return y, None if n_images is None else mean_and_variance(sums, n_images, y)
 
 
-def conv2d_backward(x, weight, dy):
-    """Return the gradients (dx, dweight, dbias) of conv2d_forward."""
+def apply_tail(z, tail):
+    """Return what a `Tail` makes of z."""
+    y = empty((len(z), *pooled_shape(z.shape[1:4], tail.pool), LANES), z.dtype)
+    tail_blocks(z, tail, y)
+    return y
+
+
+@parallel_kernel
+def tail_blocks(z, tail, y):
+    # z (n_blocks, C, H, W, LANES), y (n_blocks, C, h, w, LANES)
+    for b in prange(z.shape[0]):
+        enter(z[b], tail, 0, 0, y[b])
+
+
+def conv2d_backward(x, weight, dy, wants_dx=True):
+    """Return the gradients (dx, dweight, dbias) of conv2d_forward; dx is None if nobody wants it."""
     # dx is a convolution of dy with the filters turned by 180 degrees
     turned = np.ascontiguousarray(weight[:, :, ::-1, ::-1].swapaxes(0, 1))
-    dx = conv2d_forward(dy, turned, np.zeros(len(turned), x.dtype))
+    dx = conv2d_forward(dy, turned, np.zeros(len(turned), x.dtype)) if wants_dx else None
     dweight = np.empty((len(x), *weight.shape), x.dtype)
-    conv2d_weight_blocks(x, dy, dweight, padded_scratch(x, weight.shape[2] - 1))
+    padded = padded_scratch(x.shape[1:4], weight.shape[2], 1, x.dtype, strips=False)
+    conv2d_weight_blocks(x, no_tail(x), dy, dweight, padded)
     return dx, add_blocks(dweight, x.dtype), channel_totals(dy)
 
 
@@ -137,8 +169,16 @@ def add_blocks(parts, dtype):
 
 def dense_forward(x, weight, bias):
     """Return x @ weight.T + bias."""
-    y = empty((len(x), len(weight), LANES), x.dtype)
-    dense_blocks(x, weight, bias, y)
+    x = as_row(x)
+    return dense_stage(x, no_tail(x), weight, bias)
+
+
+def dense_stage(z, tail, weight, bias, start=None):
+    """Return the dense layer's output for what a `Tail` makes of z, plus `start` instead of the bias."""
+    y = empty((len(z), len(weight), LANES), z.dtype)
+    scratch = empty((get_num_threads(), *pooled_shape(z.shape[1:4], tail.pool), LANES), z.dtype)
+    started = start is not None
+    dense_blocks(z, tail, weight, bias, start if started else y, started, y, scratch)
     return y
 
 
@@ -153,26 +193,31 @@ def dense_backward(x, weight, dy):
 
 def channel_totals(x):
     """Return the sums (C,) of each channel over all lanes and pixels."""
-    sums, _ = block_statistics(by_channel(x), len(x) * LANES)
+    sums, _ = all_statistics(x, len(x) * LANES)
     return add_blocks(sums, x.dtype)
 
 
 def batchnorm_statistics(x, n_images):
     """Return mean and (biased) variance of each channel over images and pixels."""
-    x = by_channel(x)
-    sums, squares = block_statistics(x, n_images)
-    counts = np.minimum(LANES, n_images - LANES * np.arange(len(x)))[:, None] * x.shape[2]
-    mean = sums.sum(axis=0) / counts.sum()
+    return mean_and_variance(all_statistics(x, n_images), n_images, x)
+
+
+def all_statistics(x, n_images):
+    """Return sums and sums of squares around the mean, (2, n_blocks, C) float64."""
+    statistics = np.empty((2, *x.shape[:2]))
+    statistics_blocks(as_maps(x), n_images, statistics)
+    return statistics
+
+
+def mean_and_variance(statistics, n_images, x):
+    """Return mean and variance of each channel of x from the statistics of its blocks."""
+    sums, squares = statistics
+    counts = np.minimum(LANES, n_images - LANES * np.arange(len(x)))[:, None] * (x[0, 0].size // LANES)
+    count = counts.sum()
+    mean = sums.sum(axis=0) / count
     # squares are taken around the mean of their block; moving them to the common mean cancels nothing
-    squares += counts * (sums / counts - mean) ** 2
-    return mean.astype(x.dtype), (squares.sum(axis=0) / counts.sum()).astype(x.dtype)
-
-
-def block_statistics(x, n_images):
-    """Return sums and sums of squares around the mean, of every block and channel, (n_blocks, C) float64."""
-    sums, squares = np.empty(x.shape[:2]), np.empty(x.shape[:2])
-    statistics_blocks(x, n_images, sums, squares)
-    return sums, squares
+    squares = squares + counts * (sums / counts - mean) ** 2
+    return mean.astype(x.dtype), (squares.sum(axis=0) / count).astype(x.dtype)
 
 
 def batchnorm_backward(x, dy, mean, variance, gamma, epsilon, n_images):
@@ -180,7 +225,7 @@ def batchnorm_backward(x, dy, mean, variance, gamma, epsilon, n_images):
     dx = empty(x.shape, x.dtype)
     sums = np.empty((2, *x.shape[:2]), np.float64)
     inverse_std = (1 / np.sqrt(variance + x.dtype.type(epsilon))).astype(x.dtype)
-    product_blocks(by_channel(x), by_channel(dy), mean, inverse_std, n_images, sums)
+    product_blocks(as_maps(x), as_maps(dy), mean, inverse_std, n_images, sums)
     dbeta, dgamma = sums.sum(axis=1)
     count = n_images * np.prod(x.shape[2:-1])
     means = (dbeta / count).astype(x.dtype), (dgamma / count).astype(x.dtype)
@@ -295,33 +340,11 @@ def cross_entropy(logits, labels):
     return losses
 
 
-@parallel_kernel
-def cross_entropy_blocks(logits, labels, losses):
-    # logits (n_blocks, n_classes, LANES), labels (N,), losses (N,)
-    for b in prange(logits.shape[0]):
-        for lane in range(min(LANES, len(labels) - b * LANES)):
-            n = b * LANES + lane
-            largest, total = softmax_sums(logits[b], lane)
-            losses[n] = image_loss(logits[b, labels[n], lane], largest, total)
-
-
-@kernel
-def softmax_sums(logits, lane):
-    # logits (n_classes, LANES) -> the largest of a lane, and the sum of exp(logit - largest)
-    largest = logits[0, lane]
-    for k in range(1, logits.shape[0]):
-        largest = maximum(largest, logits[k, lane])
-    total = logits.dtype.type(0)
-    for k in range(logits.shape[0]):
-        total += exp_difference(logits[k, lane], largest)
-    return largest, total
-
-
 def mean_loss(logits, labels):
     """Return the mean cross-entropy: summed block by block, then over the blocks, in float64."""
-    losses = cross_entropy(logits, labels)
-    blocks = np.add.reduceat(losses, np.arange(0, len(losses), LANES), dtype=np.float64)
-    return float(blocks.sum()) / len(losses)
+    sums = np.empty(len(logits))
+    loss_blocks(logits, labels, sums)
+    return float(sums.sum()) / len(labels)
 
 
 def cross_entropy_backward(logits, labels):
@@ -329,17 +352,3 @@ def cross_entropy_backward(logits, labels):
     dlogits = empty(logits.shape, logits.dtype)
     cross_entropy_gradient_blocks(logits, labels, dlogits)
     return dlogits
-
-
-@parallel_kernel
-def cross_entropy_gradient_blocks(logits, labels, dlogits):
-    # logits, dlogits (n_blocks, n_classes, LANES), labels (N,)
-    for b in prange(logits.shape[0]):
-        for lane in range(LANES):
-            n = b * LANES + lane
-            largest, total = softmax_sums(logits[b], lane)
-            for k in range(logits.shape[1]):
-                target = np.float32(n < len(labels) and k == labels[n])
-                gradient = image_loss_gradient(
-                    logits[b, k, lane], largest, total, target, np.float32(len(labels)))
-                dlogits[b, k, lane] = gradient if n < len(labels) else ZERO

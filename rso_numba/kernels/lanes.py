@@ -1,7 +1,7 @@
 """One number for each of LANES images, held in a vector register.
 
 The compiler turns a simple loop over images into vector instructions by itself. It does not keep the sums
-of a convolution in registers across the loops over channels and taps, and that decides its speed. These five
+of a convolution in registers across the loops over channels and taps, and that decides its speed. These
 functions let a kernel say so: a value of type `Lanes` holds LANES numbers, and 16 float32 are one register of
 AVX-512 or two of AVX2. A position names all axes of an array but the last, which must have LANES elements.
 """
@@ -95,6 +95,19 @@ def multiply_add(typing_context, a, x, total):
 
 
 @intrinsic
+def larger(typing_context, a, b):
+    """Return the larger of two Lanes, number by number: `formulas.maximum`."""
+
+    def generate(context, builder, signature, arguments):
+        a_value, b_value = arguments
+        is_first = builder.or_(builder.fcmp_ordered(">=", a_value, b_value),
+                               builder.fcmp_unordered("uno", a_value, a_value))
+        return builder.select(is_first, a_value, b_value)
+
+    return a(a, b), generate
+
+
+@intrinsic
 def add_up(typing_context, value):
     """Return the sum of the LANES numbers."""
 
@@ -125,6 +138,10 @@ if numba.config.DISABLE_JIT:  # the same in plain Python, on arrays of LANES num
     def multiply_add(a, x, total):  # noqa: F811
         """Return a * x + total."""
         return a * x + total
+
+    def larger(a, b):  # noqa: F811
+        """Return the larger of two Lanes, number by number."""
+        return np.where((a >= b) | (a != a), a, b)
 
     def add_up(value):  # noqa: F811
         """Return the sum of the LANES numbers."""

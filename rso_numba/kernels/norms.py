@@ -16,20 +16,23 @@ batchnorm_gradient = formula(formulas.batchnorm_gradient)
 
 
 @parallel_kernel
-def statistics_blocks(x, n_images, sums, squares):
-    # x (n_blocks, C, n_pixels, LANES), sums and squares (n_blocks, C)
+def statistics_blocks(x, n_images, statistics):
+    # x (n_blocks, C, H, W, LANES), statistics (2, n_blocks, C)
     for b in prange(x.shape[0]):
-        n_lanes = min(LANES, n_images - b * LANES)
         for c in range(x.shape[1]):
-            if n_lanes == LANES:
-                total = deviations(x[b, c], x.dtype.type(0), False)
-                mean = x.dtype.type(total / (x.shape[2] * LANES))
-                square = deviations(x[b, c], mean, True)
-            else:
-                total = moment(x[b, c], x.dtype.type(0), 1, n_lanes)
-                mean = x.dtype.type(total / (x.shape[2] * n_lanes))
-                square = moment(x[b, c], mean, 2, n_lanes)
-            sums[b, c], squares[b, c] = total, square
+            statistics[0, b, c], statistics[1, b, c] = block_statistics(x[b, c], n_images - b * LANES)
+
+
+@kernel
+def block_statistics(x, n_lanes):
+    # x (H, W, LANES) -> sum, and sum of squares around the mean, over the first n_lanes lanes (or all)
+    x = x.reshape(-1, LANES)
+    zero = x.dtype.type(0)
+    if n_lanes >= LANES:
+        total = deviations(x, zero, False)
+        return total, deviations(x, x.dtype.type(total / (x.shape[0] * LANES)), True)
+    total = moment(x, zero, 1, n_lanes)
+    return total, moment(x, x.dtype.type(total / (x.shape[0] * n_lanes)), 2, n_lanes)
 
 
 @kernel
@@ -58,23 +61,35 @@ def moment(x, center, power, n_lanes):
 
 @parallel_kernel
 def product_blocks(x, dy, mean, inverse_std, n_images, sums):
-    # x, dy (n_blocks, C, n_pixels, LANES), mean and inverse_std (C,)
+    # x, dy (n_blocks, C, H, W, LANES), mean and inverse_std (C,)
     # sums (2, n_blocks, C): of dy, and of dy * normalized x
     for b in prange(x.shape[0]):
         for c in range(x.shape[1]):
-            n_lanes = min(LANES, n_images - b * LANES)
-            sums[0, b, c] = moment(dy[b, c], ZERO, 1, n_lanes)
-            sums[1, b, c] = product(x[b, c], dy[b, c], mean[c], n_lanes) * inverse_std[c]
+            sums[0, b, c], product, _ = moment_block(x[b, c], dy[b, c], mean[c], n_images - b * LANES)
+            sums[1, b, c] = product * inverse_std[c]
 
 
 @kernel
-def product(x, dy, mean, n_lanes):
-    # x, dy (n_pixels, LANES) -> sum of (x - mean) * dy over the first n_lanes lanes, in float64
-    total = 0.0
-    for p in range(x.shape[0]):
-        for lane in range(LANES):
-            total += np.float64((x[p, lane] - mean) * dy[p, lane]) if lane < n_lanes else 0.0
-    return total
+def moment_block(z, u, mean, n_lanes):
+    # z, u (H, W, LANES) -> sums of u, (z - mean) u and u u over the first n_lanes lanes (or all): row by row
+    # in the type of u, then in float64
+    zero, one = u.dtype.type(0), u.dtype.type(1)
+    lanes = np.empty(LANES, u.dtype)
+    for lane in range(LANES):
+        lanes[lane] = one if lane < n_lanes else zero
+    is_real = load(lanes, ())
+    total_u = total_zu = total_uu = 0.0
+    for h in range(u.shape[0]):
+        row_u = row_zu = row_uu = fill(zero)
+        for w in range(u.shape[1]):
+            value = multiply_add(is_real, load(u, (h, w)), fill(zero))
+            row_u = multiply_add(one, value, row_u)
+            row_zu = multiply_add(multiply_add(one, load(z, (h, w)), fill(-mean)), value, row_zu)
+            row_uu = multiply_add(value, value, row_uu)
+        total_u += add_up(row_u)
+        total_zu += add_up(row_zu)
+        total_uu += add_up(row_uu)
+    return total_u, total_zu, total_uu
 
 
 @parallel_kernel

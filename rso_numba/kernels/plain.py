@@ -31,11 +31,11 @@ def conv2d_forward(x, weight, bias):
     return np.ascontiguousarray((y + bias).transpose(0, 3, 1, 2))
 
 
-def conv2d_backward(x, weight, dy):
-    """Return the gradients (dx, dweight, dbias) of `conv2d_forward`."""
+def conv2d_backward(x, weight, dy, wants_dx=True):
+    """Return the gradients (dx, dweight, dbias) of `conv2d_forward`; dx is None if nobody wants it."""
     # dy (N, C_out, H, W); dx is a convolution of dy with the filters turned by 180 degrees
     turned = weight[:, :, ::-1, ::-1].swapaxes(0, 1)
-    dx = conv2d_forward(dy, turned, np.zeros(weight.shape[1], dy.dtype))
+    dx = conv2d_forward(dy, turned, np.zeros(weight.shape[1], dy.dtype)) if wants_dx else None
     dweight = np.tensordot(dy, _patches(x, weight.shape[2]), axes=([0, 2, 3], [0, 2, 3]))
     return dx, dweight, dy.sum(axis=(0, 2, 3))
 

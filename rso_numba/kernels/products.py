@@ -5,63 +5,94 @@ a few outputs whose sums stay in registers until they are complete, so that each
 serves several multiplications. A tile that hangs over the edge computes its last channel or pixel repeatedly.
 """
 
-from numba import get_thread_id, prange
+import numpy as np
+from numba import get_num_threads, get_thread_id, prange
 
 from .compiling import formula, kernel, parallel_kernel
 from .lanes import LANES, add_up, fill, load, multiply_add, store
+from .memory import empty
+from .norms import block_statistics
+from .tails import enter
+
+STRIP = 2**17  # bytes of padded input that one thread works on at once: a part of its cache
+
+
+def padded_scratch(shape, size, stride, dtype, strips=True):
+    """Return room in each thread for padded maps (C, H, W), or for as many of their rows as fit its cache.
+
+    `size` and `stride` are those of the filters. The number of columns is odd: with a power of two between
+    them, the same pixels of many rows would compete for the same places of the cache.
+    """
+    n_channels, height, width = shape
+    width = (width + size - 1) | 1
+    n_outputs = height // stride
+    if strips:
+        n_rows = STRIP // (n_channels * width * LANES * np.dtype(dtype).itemsize)
+        n_strips = -(-n_outputs // max(1, (n_rows - size) // stride + 1))
+        n_outputs = -(-n_outputs // n_strips)
+    n_rows = (n_outputs - 1) * stride + size
+    return empty((get_num_threads(), n_channels, n_rows, width, LANES), dtype)
 
 
 @parallel_kernel
-def conv2d_blocks(x, weight, bias, y, padded, stride):
-    # x (n_blocks, C_in, H, W, LANES), weight (C_out, C_in, k, k), bias (C_out,)
-    # y (n_blocks, C_out, H / stride, W / stride, LANES)
-    # padded (n_threads, C_in, H + margins, W + margins, LANES)
-    for b in prange(x.shape[0]):
-        conv2d_block(x[b], weight, bias, y[b], padded[get_thread_id()], stride)
+def conv2d_blocks(z, tail, weight, bias, start, started, stride, n_images, y, statistics, padded):
+    # z (n_blocks, C_in, H, W, LANES), which the tail makes (n_blocks, C_in, h, w, LANES) of
+    # weight (C_out, C_in, k, k), bias (C_out,), padded (n_threads, C_in, rows, columns, LANES)
+    # y, start (n_blocks, C_out, h / stride, w / stride, LANES): `started` says to begin with start, not bias
+    # statistics (2, n_blocks, C_out), or of no blocks if nobody asks: see `norms.py`
+    for b in prange(z.shape[0]):
+        conv2d_block(z[b], tail, weight, bias, start[b], started, stride, y[b], padded[get_thread_id()])
+        if statistics.shape[1] > 0:
+            for o in range(y.shape[1]):
+                statistics[0, b, o], statistics[1, b, o] = block_statistics(y[b, o], n_images - b * LANES)
 
 
 @kernel
-def conv2d_block(x, weight, bias, y, padded, stride):
-    # x (C_in, H, W, LANES), weight (C_out, C_in, k, k), bias (C_out,)
-    # y (C_out, H / stride, W / stride, LANES)
-    pad(x, padded)
-    for h in range(y.shape[1]):
-        for w in range(0, y.shape[2], 4):
-            for o in range(0, y.shape[0], 4):
-                conv2d_tile(padded, weight, bias, y, o, h, w, stride)
+def conv2d_block(z, tail, weight, bias, start, started, stride, y, padded):
+    # z (C_in, H, W, LANES), weight (C_out, C_in, k, k), bias (C_out,), padded (C_in, rows, columns, LANES)
+    # y, start (C_out, h / stride, w / stride, LANES), strip by strip
+    size = weight.shape[2]
+    margin = (size - 1) // 2  # also of 4x4 filters, which an average pool was merged into
+    n_rows = (padded.shape[1] - size) // stride + 1
+    for first in range(0, y.shape[1], n_rows):
+        enter(z, tail, stride * first - margin, margin, padded)
+        n_pixels = min(n_rows, y.shape[1] - first) * y.shape[2]
+        flat, columns = padded.reshape(padded.shape[0], -1, LANES), padded.shape[2]
+        for o in range(0, y.shape[0], 4):
+            for p in range(0, n_pixels, 4):
+                conv2d_tile(flat, columns, weight, bias, start, started, y, o, first, p, n_pixels, stride)
 
 
 @kernel
-def pad(x, padded):
-    # x (C, H, W, LANES) -> padded (C, H + 2 * margin, W + 2 * margin, LANES) with a margin of zeros
-    margin = (padded.shape[1] - x.shape[1]) // 2
-    for c in range(padded.shape[0]):
-        for i in range(padded.shape[1]):
-            for j in range(padded.shape[2]):
-                h, w = i - margin, j - margin
-                inside = 0 <= h < x.shape[1] and 0 <= w < x.shape[2]
-                store(padded, (c, i, j), load(x, (c, h, w)) if inside else fill(x.dtype.type(0)))
-
-
-@kernel
-def conv2d_tile(padded, weight, bias, y, o, h, w, stride):
-    # padded (C_in, H + margins, W + margins, LANES), weight (C_out, C_in, k, k)
-    # y (C_out, H / stride, W / stride, LANES)
-    # Output channels o to o + 3 of pixels (h, w) to (h, w + 3): 16 sums, so that 4 pixels and 4 weights
-    # fetched from memory serve 16 multiplications.
+def conv2d_tile(padded, columns, weight, bias, start, started, y, o, first, p, n_pixels, stride):
+    # padded (C_in, rows * columns, LANES), weight (C_out, C_in, k, k)
+    # y, start (C_out, h / stride, w / stride, LANES)
+    # Output channels o to o + 3 of pixels p to p + 3 from row `first` on: 16 sums, so that 4 pixels and 4
+    # weights fetched from memory serve 16 multiplications.
     o1, o2, o3 = min(o + 1, y.shape[0] - 1), min(o + 2, y.shape[0] - 1), min(o + 3, y.shape[0] - 1)
-    w1, w2, w3 = min(w + 1, y.shape[2] - 1), min(w + 2, y.shape[2] - 1), min(w + 3, y.shape[2] - 1)
+    width = y.shape[2]
+    h0, w0 = divmod(p, width)
+    h1, w1 = divmod(min(p + 1, n_pixels - 1), width)
+    h2, w2 = divmod(min(p + 2, n_pixels - 1), width)
+    h3, w3 = divmod(min(p + 3, n_pixels - 1), width)
+    at = (first + h0, w0), (first + h1, w1), (first + h2, w2), (first + h3, w3)
     a0 = a1 = a2 = a3 = fill(bias[o])
     b0 = b1 = b2 = b3 = fill(bias[o1])
     c0 = c1 = c2 = c3 = fill(bias[o2])
     d0 = d1 = d2 = d3 = fill(bias[o3])
-    p0, p1, p2, p3 = stride * w, stride * w1, stride * w2, stride * w3
+    if started:
+        a0, a1, a2, a3 = load_pixels(start, o, at)
+        b0, b1, b2, b3 = load_pixels(start, o1, at)
+        c0, c1, c2, c3 = load_pixels(start, o2, at)
+        d0, d1, d2, d3 = load_pixels(start, o3, at)
+    q0, q1 = stride * (h0 * columns + w0), stride * (h1 * columns + w1)
+    q2, q3 = stride * (h2 * columns + w2), stride * (h3 * columns + w3)
     for i in range(weight.shape[1]):
         for kh in range(weight.shape[2]):
-            row = stride * h + kh
             for kw in range(weight.shape[3]):
-                x0, x1 = load(padded, (i, row, p0 + kw)), load(padded, (i, row, p1 + kw))
-                x2, x3 = load(padded, (i, row, p2 + kw)), load(padded, (i, row, p3 + kw))
+                tap = kh * columns + kw
+                x0, x1 = load(padded, (i, q0 + tap)), load(padded, (i, q1 + tap))
+                x2, x3 = load(padded, (i, q2 + tap)), load(padded, (i, q3 + tap))
                 u = weight[o, i, kh, kw]
                 a0, a1 = multiply_add(u, x0, a0), multiply_add(u, x1, a1)
                 a2, a3 = multiply_add(u, x2, a2), multiply_add(u, x3, a3)
@@ -74,33 +105,40 @@ def conv2d_tile(padded, weight, bias, y, o, h, w, stride):
                 u = weight[o3, i, kh, kw]
                 d0, d1 = multiply_add(u, x0, d0), multiply_add(u, x1, d1)
                 d2, d3 = multiply_add(u, x2, d2), multiply_add(u, x3, d3)
-    store_row(y, o, h, w, w1, w2, w3, a0, a1, a2, a3)
-    store_row(y, o1, h, w, w1, w2, w3, b0, b1, b2, b3)
-    store_row(y, o2, h, w, w1, w2, w3, c0, c1, c2, c3)
-    store_row(y, o3, h, w, w1, w2, w3, d0, d1, d2, d3)
+    store_pixels(y, o, at, a0, a1, a2, a3)
+    store_pixels(y, o1, at, b0, b1, b2, b3)
+    store_pixels(y, o2, at, c0, c1, c2, c3)
+    store_pixels(y, o3, at, d0, d1, d2, d3)
 
 
 @formula
-def store_row(y, o, h, w0, w1, w2, w3, v0, v1, v2, v3):
-    """Store four pixels of a row of channel o."""
-    store(y, (o, h, w0), v0)
-    store(y, (o, h, w1), v1)
-    store(y, (o, h, w2), v2)
-    store(y, (o, h, w3), v3)
+def load_pixels(y, o, at):
+    """Return four pixels of channel o; `at` are their rows and columns."""
+    return load(y, (o, *at[0])), load(y, (o, *at[1])), load(y, (o, *at[2])), load(y, (o, *at[3]))
+
+
+@formula
+def store_pixels(y, o, at, v0, v1, v2, v3):
+    """Store four pixels of channel o."""
+    store(y, (o, *at[0]), v0)
+    store(y, (o, *at[1]), v1)
+    store(y, (o, *at[2]), v2)
+    store(y, (o, *at[3]), v3)
 
 
 @parallel_kernel
-def conv2d_weight_blocks(x, dy, dweight, padded):
-    # x (n_blocks, C_in, H, W, LANES), dy (n_blocks, C_out, H, W, LANES)
-    # dweight (n_blocks, C_out, C_in, k, k), padded (n_threads, C_in, H + k - 1, W + k - 1, LANES)
+def conv2d_weight_blocks(x, tail, dy, dweight, padded):
+    # x (n_blocks, C_in, H, W, LANES), dy (n_blocks, C_out, H, W, LANES); the tail changes nothing
+    # dweight (n_blocks, C_out, C_in, k, k), padded (n_threads, C_in, rows, columns, LANES)
     for b in prange(x.shape[0]):
-        conv2d_weight_block(x[b], dy[b], dweight[b], padded[get_thread_id()])
+        conv2d_weight_block(x[b], tail, dy[b], dweight[b], padded[get_thread_id()])
 
 
 @kernel
-def conv2d_weight_block(x, dy, dweight, padded):
+def conv2d_weight_block(x, tail, dy, dweight, padded):
     # x (C_in, H, W, LANES), dy (C_out, H, W, LANES), dweight (C_out, C_in, k, k)
-    pad(x, padded)
+    margin = (dweight.shape[2] - 1) // 2
+    enter(x, tail, -margin, margin, padded)
     for o in range(0, dweight.shape[0], 4):
         for i in range(0, dweight.shape[1], 2):
             for kh in range(dweight.shape[2]):
@@ -110,7 +148,7 @@ def conv2d_weight_block(x, dy, dweight, padded):
 
 @kernel
 def conv2d_weight_tile(padded, dy, dweight, o, i, kh, kw):
-    # padded (C_in, H + k - 1, W + k - 1, LANES), dy (C_out, H, W, LANES), dweight (C_out, C_in, k, k)
+    # padded (C_in, rows, columns, LANES), dy (C_out, H, W, LANES), dweight (C_out, C_in, k, k)
     # One tap of 4 output and 2 input channels: 8 sums.
     o1, o2, o3 = min(o + 1, dy.shape[0] - 1), min(o + 2, dy.shape[0] - 1), min(o + 3, dy.shape[0] - 1)
     i1 = min(i + 1, padded.shape[0] - 1)
@@ -133,18 +171,24 @@ def conv2d_weight_tile(padded, dy, dweight, o, i, kh, kw):
 
 
 @parallel_kernel
-def dense_blocks(x, weight, bias, y):
-    # x (n_blocks, n_in, LANES), weight (n_out, n_in), bias (n_out,), y (n_blocks, n_out, LANES)
-    for b in prange(x.shape[0]):
+def dense_blocks(z, tail, weight, bias, start, started, y, scratch):
+    # z (n_blocks, C, H, W, LANES), which the tail makes n_in = C * h * w features of
+    # weight (n_out, n_in), bias (n_out,), scratch (n_threads, C, h, w, LANES)
+    # y, start (n_blocks, n_out, LANES): `started` says to begin with `start`, not the bias
+    for b in prange(z.shape[0]):
+        x = scratch[get_thread_id()]
+        enter(z[b], tail, 0, 0, x)
         for o in range(0, weight.shape[0], 4):
-            dense_tile(x[b], weight, bias, y[b], o)
+            dense_tile(x.reshape(-1, LANES), weight, bias, start[b], started, y[b], o)
 
 
 @kernel
-def dense_tile(x, weight, bias, y, o):
-    # x (n_in, LANES), weight (n_out, n_in), bias (n_out,), y (n_out, LANES): outputs o to o + 3
+def dense_tile(x, weight, bias, start, started, y, o):
+    # x (n_in, LANES), weight (n_out, n_in), bias (n_out,), y, start (n_out, LANES): outputs o to o + 3
     o1, o2, o3 = min(o + 1, y.shape[0] - 1), min(o + 2, y.shape[0] - 1), min(o + 3, y.shape[0] - 1)
     a, b, c, d = fill(bias[o]), fill(bias[o1]), fill(bias[o2]), fill(bias[o3])
+    if started:
+        a, b, c, d = load(start, (o,)), load(start, (o1,)), load(start, (o2,)), load(start, (o3,))
     for i in range(weight.shape[1]):
         x0 = load(x, (i,))
         a, b = multiply_add(weight[o, i], x0, a), multiply_add(weight[o1, i], x0, b)

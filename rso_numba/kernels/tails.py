@@ -1,0 +1,88 @@
+"""What stands between two layers that mix channels, applied while the second one reads its input.
+
+A BatchNorm (by then a scale and a shift for every channel), a ReLU and a pool cost more time as passes over
+memory than as arithmetic. Here they are done to a map on its way into the scratch memory that a convolution
+copies its input to anyway. The packed layout is drawn in `cpu.py`.
+"""
+
+from collections import namedtuple
+
+import numpy as np
+
+from .compiling import kernel
+from .lanes import fill, larger, load, multiply_add, store
+
+KEEP, MAX, MEAN, GLOBAL_MAX, GLOBAL_MEAN = range(5)  # how a Tail pools; MAX and MEAN take windows of 2x2
+
+# y = pool(relu(scale * z + shift)): scale and shift (C,), relu a bool, pool one of the numbers above
+Tail = namedtuple("Tail", "scale shift relu pool")
+
+
+def no_tail(z):
+    """Return the Tail that changes nothing in z (n_blocks, C, ..., LANES)."""
+    return Tail(np.ones(z.shape[1], z.dtype), np.zeros(z.shape[1], z.dtype), False, KEEP)
+
+
+def pooled_shape(shape, pool):
+    """Return the shape (C, h, w) of what a Tail makes of maps (C, H, W)."""
+    if pool in (MAX, MEAN):
+        return shape[0], shape[1] // 2, shape[2] // 2
+    return shape if pool == KEEP else (shape[0], 1, 1)
+
+
+@kernel
+def enter(z, tail, first, margin, padded):
+    # z (C, H, W, LANES) -> padded (C, n_rows, at least w + 2 * margin, LANES): from row `first` on what the
+    # tail makes of z, (C, h, w, LANES), in zeros where there is none
+    height, width = z.shape[1], z.shape[2]
+    if tail.pool == MAX or tail.pool == MEAN:
+        height, width = height // 2, width // 2
+    elif tail.pool != KEEP:
+        height, width = 1, 1
+    for c in range(z.shape[0]):
+        for i in range(padded.shape[1]):
+            for j in range(margin):
+                store(padded, (c, i, j), fill(padded.dtype.type(0)))
+            for j in range(width, padded.shape[2] - margin):
+                store(padded, (c, i, margin + j), fill(padded.dtype.type(0)))
+            if 0 <= first + i < height:
+                tail_row(z, c, tail, first + i, width, padded, i, margin)
+            else:
+                for j in range(width):
+                    store(padded, (c, i, margin + j), fill(padded.dtype.type(0)))
+
+
+@kernel
+def tail_row(z, c, tail, h, width, y, row, start):
+    # z (C, H, W, LANES) -> row h of what the tail makes of channel c, to y (C, rows, columns, LANES)
+    # relu(max(a, b)) is max(relu(a), relu(b)), of which the former is less work.
+    scale, shift, relu = tail.scale[c], fill(tail.shift[c]), tail.relu
+    zero = fill(z.dtype.type(0))
+    if tail.pool == KEEP:
+        for w in range(width):
+            value = multiply_add(scale, load(z, (c, h, w)), shift)
+            store(y, (c, row, start + w), larger(zero, value) if relu else value)
+    elif tail.pool == MAX:
+        for w in range(width):
+            v0 = multiply_add(scale, load(z, (c, 2 * h, 2 * w)), shift)
+            v1 = multiply_add(scale, load(z, (c, 2 * h, 2 * w + 1)), shift)
+            v2 = multiply_add(scale, load(z, (c, 2 * h + 1, 2 * w)), shift)
+            v3 = multiply_add(scale, load(z, (c, 2 * h + 1, 2 * w + 1)), shift)
+            value = larger(larger(v0, v1), larger(v2, v3))
+            store(y, (c, row, start + w), larger(zero, value) if relu else value)
+    elif tail.pool == GLOBAL_MAX:
+        value = multiply_add(scale, load(z, (c, 0, 0)), shift)
+        for i in range(z.shape[1]):
+            for j in range(z.shape[2]):
+                value = larger(value, multiply_add(scale, load(z, (c, i, j)), shift))
+        store(y, (c, row, start), larger(zero, value) if relu else value)
+    else:
+        size = 2 if tail.pool == MEAN else max(z.shape[1], z.shape[2])
+        for w in range(width):
+            total, n = zero, 0
+            for i in range(size * h, min(size * h + size, z.shape[1])):
+                for j in range(size * w, min(size * w + size, z.shape[2])):
+                    value = multiply_add(scale, load(z, (c, i, j)), shift)
+                    total = multiply_add(z.dtype.type(1), larger(zero, value) if relu else value, total)
+                    n += 1
+            store(y, (c, row, start + w), multiply_add(z.dtype.type(1) / z.dtype.type(n), total, zero))
