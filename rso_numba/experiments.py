@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import models, plots, presets, rso, sgd
+from . import kernels, models, plots, presets, rso, sgd
 from .datasets import check_images, check_labels
 from .evaluators import FullForward
 from .history import History
@@ -66,11 +66,14 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     ------
     ValueError, TypeError
         If an argument is out of range or does not fit the data.
+    GpuError
+        If the GPU fails.
 
     Notes
     -----
     Ctrl-C during the training raises nothing: what was learnt so far is written and returned, and
-    `Comparison.interrupted` says where the training stopped.
+    `Comparison.interrupted` says where the training stopped. It is also written before a GpuError, such as
+    of full memory, is raised.
     """
     if seed < 0:
         raise ValueError(f"seed is {seed}; expected 0 or larger")
@@ -84,6 +87,7 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     before = first_filters(networks["rso"]).copy()
     # these two run on a copy, and compile every kernel before the clocks start
     scan = example_trial(networks["rso"], data, batch_size, settings, backend, seed)
+    title = f"{data.name}: {model}, {networks['rso'].n_weights:,} weights"
     sgd.gradients(networks["sgd"], data.train_images[:2], data.train_labels[:2], backend)
     try:
         # SGD first: it takes a moment, and an interrupted search then has something to compare with
@@ -93,11 +97,19 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
                   backend=backend, rng=_generator(seed), progress=progress, history=result.histories["rso"])
     except KeyboardInterrupt:
         result.interrupted = _where(result)
-        if networks["rso"].has_batchnorm and settings.test_statistics == "first_2000":
-            # its statistics are those of the last whole round
-            networks["rso"].calibrate(data.train_images[: rso.CALIBRATION_IMAGES], backend)
-    _write(result, Path(out), before, scan, f"{data.name}: {model}, {networks['rso'].n_weights:,} weights")
+        _calibrate(networks["rso"], data, settings, backend)
+    except kernels.GpuError:  # the network so far is not on the GPU
+        _calibrate(networks["rso"], data, settings, "cpu")
+        _write(result, Path(out), before, scan, title)
+        raise
+    _write(result, Path(out), before, scan, title)
     return result
+
+
+def _calibrate(network, data, settings, backend):
+    """Take BatchNorm's statistics anew after an interrupted round: those at hand are of the round before."""
+    if network.has_batchnorm and settings.test_statistics == "first_2000":
+        network.calibrate(data.train_images[: rso.CALIBRATION_IMAGES], backend)
 
 
 def _generator(seed):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numba import config, cuda
 
-from rso_numba import datasets, evaluators, kernels, models, rso, sgd
+from rso_numba import datasets, kernels, models, rso, sgd
 from rso_numba.kernels import cuda_device, plain
 from rso_numba.kernels.cuda_device import LANES
 from rso_numba.layers import (
@@ -242,7 +242,8 @@ def test_a_search_decides_as_with_numpy(rng):
     weights, losses = [], []
     for backend in ("cuda", "cuda", "numpy"):
         network = list(_networks())[2]
-        trials = rso.trials(network, _data(np.random.default_rng(2)), 1, N, backend=backend, rng=0)
+        trials = rso.trials(network, _data(np.random.default_rng(2)), 1, N, evaluation="full",
+                            backend=backend, rng=0)
         losses.append([trial.losses for _, trial in zip(range(12), trials, strict=False)])
         weights.append(network.weights.copy())
     assert losses[0] == losses[1]  # to the last bit
@@ -258,11 +259,6 @@ def test_sgd_takes_the_same_steps_as_with_numpy(rng):
         weights.append(network.weights)
     np.testing.assert_array_equal(weights[0], weights[1])
     np.testing.assert_allclose(weights[0], weights[2], rtol=1e-4, atol=1e-6)
-
-
-def test_evaluation_is_full_on_the_gpu():
-    judge = evaluators.evaluator("delta", next(_networks()), "cuda", 0.0)
-    assert isinstance(judge, evaluators.FullForward) and judge.kernels is kernels.backend("cuda")
 
 
 # ---- the module itself ----

@@ -14,17 +14,19 @@ import pytest
 from rso_numba import kernels, models
 from rso_numba.__main__ import main
 
-SUITE = Path(__file__).with_name("cuda_suite.py")
+SUITES = "cuda_suite.py", "cuda_search_suite.py"
 
 
+@pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("where", ["simulator", "GPU"])
-def test_suite(where):
-    """Run `cuda_suite.py`. The simulator has to be chosen before Numba is imported."""
+def test_suite(where, suite):
+    """Run a suite of tests. The simulator has to be chosen before Numba is imported."""
     if where == "GPU" and (problem := kernels.gpu_problem()):
         pytest.skip(f"no GPU to run on: {problem}")
     environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": str(int(where == "simulator"))}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SUITE)]
-    run = subprocess.run(command, env=environment, cwd=SUITE.parents[1], capture_output=True, text=True)
+    path = Path(__file__).with_name(suite)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    run = subprocess.run(command, env=environment, cwd=path.parents[1], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 
 

@@ -49,7 +49,7 @@ from .cuda_products import (
     dense_weight_kernel,
 )
 
-ZERO, ONE = np.float32(0), np.float32(1)
+ZERO, ONE, INFINITY = np.float32(0), np.float32(1), np.float32(np.inf)
 
 relu = cuda.jit(device=True)(formulas.relu)
 relu_gradient = cuda.jit(device=True)(formulas.relu_gradient)
@@ -132,7 +132,7 @@ def conv2d_forward(x, weight, bias, stride=1):
     y = empty((n_blocks, len(weight), height // stride, width // stride, LANES), x.dtype)
     tiles = -(-len(weight) // CHANNELS) * y.shape[2] * -(-y.shape[3] // PIXELS)
     launch(CONV2D_KERNELS[weight.shape[2], stride], n_blocks * tiles,
-           by_line(x), to_device(weight), to_device(bias), by_line(y))
+           by_line(x), to_device(weight), to_device(bias), by_line(y), (0, 0, 0, x.shape[1]), by_line(y))
     return y
 
 
@@ -141,11 +141,12 @@ def by_line(x):
     return x.reshape(*x.shape[:3], x.shape[3] * LANES)
 
 
-def conv2d_backward(x, weight, dy):
-    """Return the gradients (dx, dweight, dbias) of conv2d_forward."""
-    # dx is a convolution of dy with the filters turned by 180 degrees
-    turned = weight[:, :, ::-1, ::-1].swapaxes(0, 1)
-    dx = conv2d_forward(dy, turned, np.zeros(len(turned), x.dtype))
+def conv2d_backward(x, weight, dy, wants_dx=True):
+    """Return the gradients (dx, dweight, dbias) of conv2d_forward; dx is None unless somebody wants it."""
+    dx = None
+    if wants_dx:  # a convolution of dy with the filters turned by 180 degrees
+        turned = weight[:, :, ::-1, ::-1].swapaxes(0, 1)
+        dx = conv2d_forward(dy, turned, np.zeros(len(turned), x.dtype))
     dweight = empty((len(x), *weight.shape), x.dtype)
     launch_blocks(CONV2D_WEIGHT_KERNELS[weight.shape[2]], len(x) * weight.shape[0] * weight.shape[1],
                   x, dy, dweight)
@@ -160,7 +161,8 @@ def add_blocks(parts, dtype):
 def dense_forward(x, weight, bias):
     """Return x @ weight.T + bias."""
     y = empty((len(x), len(weight), LANES), x.dtype)
-    launch_blocks(dense_kernel, len(x) * len(weight), x, to_device(weight), to_device(bias), y)
+    launch_blocks(dense_kernel, len(x) * len(weight),
+                  x, to_device(weight), to_device(bias), y, (0, 0, 0, x.shape[1]), y)
     return y
 
 
@@ -336,6 +338,20 @@ def softmax_sums(logits, b, lane):
     return largest, total
 
 
+@cuda.jit(device=True)
+def softmax_sums_but(logits, b, n, k):
+    # logits (n_blocks, n_classes, n): the same without class k; -infinity and 0 if there is no other class
+    largest = -INFINITY
+    for c in range(logits.shape[1]):
+        if c != k:
+            largest = maximum(logits[b, c, n], largest)
+    total = ZERO
+    for c in range(logits.shape[1]):
+        if c != k:
+            total += exp_difference(logits[b, c, n], largest)
+    return largest, total
+
+
 def mean_loss(logits, labels):
     """Return the mean cross-entropy: summed block by block, then over the blocks, in float64."""
     sums = empty(len(logits), np.float64)
@@ -346,11 +362,13 @@ def mean_loss(logits, labels):
 @cuda.jit
 def loss_sums_kernel(logits, labels, sums):
     # logits (n_blocks, n_classes, LANES), labels (N,), sums (n_blocks,) float64
-    # A CUDA block adds up LANES images; only its first row has something to do.
+    # A CUDA block adds up LANES images; only its first row has something to do. There may be several times as
+    # many logits as labels: candidates for the same images, one after the other.
     lane, row = cuda.threadIdx.x, cuda.threadIdx.y
+    n_blocks = (labels.size + LANES - 1) // LANES
     parts = cuda.shared.array(THREADS, np.float64)
     for b in range(cuda.blockIdx.y, logits.shape[0], cuda.gridDim.y):
-        n = b * LANES + lane
+        n = b % n_blocks * LANES + lane
         loss = np.float64(ZERO)
         if row == 0 and n < labels.size:
             largest, total = softmax_sums(logits, b, lane)

@@ -31,20 +31,20 @@ def launch(kernel, n_tasks, *arguments):
     launch_blocks(kernel, -(-n_tasks // ROWS), *arguments)
 
 
-def launch_blocks(kernel, n_tasks, *arguments):
+def launch_blocks(kernel, n_tasks, *arguments, rows=ROWS):
     """Start `kernel`, whose CUDA blocks share `n_tasks` tasks; do not wait for it."""
     with gpu_errors():
-        kernel[(1, max(1, min(n_tasks, MOST_BLOCKS))), (LANES, ROWS)](*arguments)
+        kernel[(1, max(1, min(n_tasks, MOST_BLOCKS))), (LANES, rows)](*arguments)
 
 
 @cuda.jit(device=True)
 def block_sum(parts, part):
     """Return the sum of `part` over the threads of a CUDA block, always added in the same order."""
-    # parts (THREADS,) in shared memory; every thread of the block must come here
+    # parts (n_threads,) in shared memory, a power of two; every thread of the block must come here
     thread = cuda.threadIdx.y * LANES + cuda.threadIdx.x
     cuda.syncthreads()  # nobody reads the former sum any more
     parts[thread] = part
-    half = THREADS // 2
+    half = parts.size // 2
     while half > 0:
         cuda.syncthreads()
         if thread < half:

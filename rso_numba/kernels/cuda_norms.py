@@ -19,11 +19,13 @@ batchnorm_gradient = cuda.jit(device=True)(formulas.batchnorm_gradient)
 def statistics_kernel(x, n_images, sums):
     # x (n_blocks, C, n_pixels, LANES), sums (2, n_blocks, C) float64
     # sums: of x, and of the squares of x - mean, where mean is that of this channel of these LANES images
+    # There may be several times as many blocks as n_images need: candidates, one after the other.
     lane, row = cuda.threadIdx.x, cuda.threadIdx.y
+    n_blocks = (n_images + LANES - 1) // LANES
     parts = cuda.shared.array(THREADS, np.float64)
     for task in range(cuda.blockIdx.y, x.shape[0] * x.shape[1], cuda.gridDim.y):
         b, c = task // x.shape[1], task % x.shape[1]
-        n_lanes = min(LANES, n_images - b * LANES)
+        n_lanes = min(LANES, n_images - b % n_blocks * LANES)
         last = x.shape[2] if lane < n_lanes else 0
         part = ZERO
         for p in range(row, last, ROWS):

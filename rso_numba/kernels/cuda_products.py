@@ -4,6 +4,11 @@ A thread of the convolution computes a *tile* of outputs of its image, CHANNELS 
 then every pixel and every weight that it fetches serves several multiplications. All lanes of a warp need the
 same weight at the same time, which is one fetch for all of them. The loops over a tile have constant bounds:
 the compiler unrolls them, and only then can the sums live in registers.
+
+Both forward kernels can add up a part of the input channels only, on top of what others contributed before.
+`part` = (n_start, x_first, first, n) says which: n channels, from x_first on in x and from `first` on in the
+weights; the sums begin at start[b % n_start], or at the bias if n_start is 0. y may have several times as
+many blocks as x: then x holds that many candidates for these channels, and they follow each other.
 """
 
 import numpy as np
@@ -21,9 +26,9 @@ def _conv2d_kernel(size, stride):
     window = stride * (PIXELS - 1) + size  # columns of x under a tile
 
     @cuda.jit
-    def conv2d_kernel(x, weight, bias, y):
+    def conv2d_kernel(x, weight, bias, start, part, y):
         # x (n_blocks, C_in, H, W * LANES), weight (C_out, C_in, size, size), bias (C_out,)
-        # y (n_blocks, C_out, H // stride, W // stride * LANES)
+        # start, y (n_blocks, C_out, H // stride, W // stride * LANES); y may be the start
         # A task is a tile of LANES images; the tiles of neighbouring tasks need the same pixels.
         lane, first = cuda.grid(2)
         n_channels, height_out, width_out = y.shape[1], y.shape[2], y.shape[3] // LANES
@@ -31,25 +36,30 @@ def _conv2d_kernel(size, stride):
         n_beside = (width_out + PIXELS - 1) // PIXELS
         sums = cuda.local.array((CHANNELS, PIXELS), x.dtype)
         line = cuda.local.array(window, x.dtype)
-        for task in range(first, x.shape[0] * height_out * n_beside * n_over, cuda.gridsize(2)[1]):
+        n_start, x_first, weight_first, n_in = part
+        for task in range(first, y.shape[0] * height_out * n_beside * n_over, cuda.gridsize(2)[1]):
             o, rest = task % n_over * CHANNELS, task // n_over
             w, rest = rest % n_beside * PIXELS, rest // n_beside
             h, b = rest % height_out, rest // height_out
+            b_x, c_x = b % x.shape[0], x_first + b // x.shape[0] * n_in
             for j in range(CHANNELS):
-                start = bias[min(o + j, n_channels - 1)]
+                k = min(o + j, n_channels - 1)
                 for p in range(PIXELS):
-                    sums[j, p] = start
-            for i in range(x.shape[1]):
+                    if n_start > 0 and w + p < width_out:
+                        sums[j, p] = start[b % n_start, k, h, (w + p) * LANES + lane]
+                    else:
+                        sums[j, p] = bias[k]
+            for i in range(n_in):
                 for kh in range(size):
                     row = stride * h + kh - margin
                     if 0 <= row < x.shape[2]:
                         for q in range(window):
                             # a column outside the map is a place outside the line
                             place = (stride * w - margin + q) * LANES + lane
-                            line[q] = x[b, i, row, place] if 0 <= place < x.shape[3] else ZERO
+                            line[q] = x[b_x, c_x + i, row, place] if 0 <= place < x.shape[3] else ZERO
                         for j in range(CHANNELS):
                             for kw in range(size):
-                                u = weight[min(o + j, n_channels - 1), i, kh, kw]
+                                u = weight[min(o + j, n_channels - 1), weight_first + i, kh, kw]
                                 for p in range(PIXELS):
                                     sums[j, p] += u * line[stride * p + kw]
             for j in range(CHANNELS):
@@ -102,21 +112,23 @@ CONV2D_WEIGHT_KERNELS = {size: _conv2d_weight_kernel(size) for size in (3, 1)}
 
 
 @cuda.jit
-def dense_kernel(x, weight, bias, y):
-    # x (n_blocks, n_in, LANES), weight (n_out, n_in), bias (n_out,), y (n_blocks, n_out, LANES)
+def dense_kernel(x, weight, bias, start, part, y):
+    # x (n_blocks, n_in, LANES), weight (n_out, n_in), bias (n_out,); start, y (n_blocks, n_out, LANES)
     # A CUDA block computes one output of LANES images; its rows share the inputs.
     lane, row = cuda.threadIdx.x, cuda.threadIdx.y
     n_out = weight.shape[0]
+    n_start, x_first, first, n_in = part
     parts = cuda.shared.array((ROWS, LANES), x.dtype)
-    for task in range(cuda.blockIdx.y, x.shape[0] * n_out, cuda.gridDim.y):
+    for task in range(cuda.blockIdx.y, y.shape[0] * n_out, cuda.gridDim.y):
         o, b = task % n_out, task // n_out
-        part = ZERO
-        for i in range(row, weight.shape[1], ROWS):
-            part += weight[o, i] * x[b, i, lane]
-        parts[row, lane] = part
+        b_x, c_x = b % x.shape[0], x_first + b // x.shape[0] * n_in
+        total = ZERO
+        for i in range(row, n_in, ROWS):
+            total += weight[o, first + i] * x[b_x, c_x + i, lane]
+        parts[row, lane] = total
         cuda.syncthreads()
         if row == 0:
-            total = bias[o]
+            total = start[b % n_start, o, lane] if n_start > 0 else bias[o]
             for r in range(ROWS):
                 total += parts[r, lane]
             y[b, o, lane] = total
