@@ -119,6 +119,9 @@ def _add_bench(commands):
            "one_conv, 1000 for two_conv, 5000 for paper_mnist; at most half of the training set)")
     option("--preset", metavar="NAME", help=f"settings of RSO, one of {', '.join(presets.PRESETS)} "
            "(default: notebook, authors for paper_mnist)")
+    option("--backend", default="cpu", choices=("cpu", "cuda"),
+           help="cuda: a GPU, beside the least time that its arithmetic and its memory would take "
+           "(default: %(default)s)")
     option("--threads", type=int, metavar="N", help="threads of Numba and PyTorch (default: all cores)")
     option("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: %(default)s)")
     option("--quick", action="store_true", help="few images and trials: does it run? The figures mean little")
@@ -130,6 +133,7 @@ def bench(arguments):
     import numba
 
     from . import bench as benchmark
+    from . import bench_gpu
 
     if arguments.threads is not None:
         _set_threads(arguments.threads)
@@ -139,9 +143,13 @@ def bench(arguments):
     chosen = list(benchmark.CONFIGURATIONS) if arguments.model == "all" else [arguments.model]
     plan = benchmark.QUICK if arguments.quick else benchmark.Plan()
     threads, rows = numba.get_num_threads(), []
+    own = arguments.seed, arguments.batch_size, arguments.preset
+    groups = benchmark.run(chosen, data, threads, plan, *own)
+    if arguments.backend == "cuda":
+        kernels.backend("cuda")  # says what is missing, if anything is
+        groups = bench_gpu.run(chosen, data, plan, *own)
     try:
-        for group in benchmark.run(chosen, data, threads, plan, arguments.seed, arguments.batch_size,
-                                   arguments.preset):
+        for group in groups:
             rows += group
             print(f"rso-numba: measured {group[-1].configuration}", file=sys.stderr)
     finally:  # an interrupted benchmark keeps what it has measured
@@ -150,7 +158,7 @@ def bench(arguments):
             result = dict(
                 command=shlex.join(["rso-numba", *sys.argv[1:]]), arguments={
                     name: value for name, value in vars(arguments).items() if name != "command"},
-                machine=dict(cpu=_cpu_model(), cores=os.cpu_count(), system=platform.platform()),
+                machine=dict(cpu=_cpu_model(), cores=os.cpu_count(), system=platform.platform(), gpu=_gpu()),
                 versions={"rso_numba": __version__, "python": platform.python_version(),
                           **{package: _version(package) for package in (*PACKAGES, "torch")}},
                 threads=threads, seed=arguments.seed, data=repr(data),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numba import config
 
-from rso_numba import datasets, kernels, rso
+from rso_numba import bench, bench_gpu, datasets, kernels, rso
 from rso_numba.evaluators import CudaForward, FullForward, cuda, evaluator
 from rso_numba.kernels import formulas
 from rso_numba.kernels.cuda_device import LANES
@@ -226,6 +226,23 @@ def test_who_evaluates():
             (by_pixel, "delta", "weight")):
         judge = evaluator(evaluation, network, "cuda", 0.0, unit)
         assert isinstance(judge, FullForward) and judge.kernels is kernels.backend("cuda")
+
+
+class SmallJob(bench.Job):
+    """A job whose whole round the simulator can do."""
+
+    def network(self):
+        network = Network([Conv2D(1, size=1), ReLU(), GlobalMaxPool(), Dense(N_CLASSES)], SHAPE, N_CLASSES)
+        network.initialize("he", 0)
+        return network
+
+
+@pytest.mark.parametrize("settings", [{}, {"hold": "filter"}])
+def test_benchmark(settings):
+    job = SmallJob("one_conv", _data(2 * FEW), FEW, "paper", 0)
+    row = bench_gpu.delta_row(job, bench.QUICK, (1e12, 1e12), **settings)
+    assert row.value > 0 and row.detail["n_weights"] == 8 and "whole round of 8 in" in row.measured
+    assert 0 < row.detail["arithmetic_floor"] < 1e-6 and 0 < row.detail["memory_floor"] < 1e-6
 
 
 def test_the_smallest_of_three_losses():

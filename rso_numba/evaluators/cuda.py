@@ -184,6 +184,8 @@ class CudaForward:
         n = len(group)
         if self.slots:
             self.slots.decide(where[:n], deltas[:n], decay, self.weights, self.records)
+            if not self.comes_back:
+                self.slots.forget()
         records = to_host(self.records)[:n]
         self._read_running()
         values = records[:, [BEFORE, AFTER]].astype(np.float32)

@@ -16,7 +16,8 @@ class Slots:
     n_log : int
         How many changes can be remembered.
     memory : float
-        Bytes that all slots may take; one slot there always is.
+        Bytes that all slots may take; one slot there always is. While they grow, the former ones are
+        there as well.
     """
 
     def __init__(self, n_in, n_classes, n_log, memory):

@@ -128,6 +128,17 @@ def _capability():
     return tuple(cuda.get_current_device().compute_capability)
 
 
+def peaks():
+    """Return the most that the GPU can do in a second: float32 multiply-adds, and bytes of its memory.
+
+    From what the driver says of it: multiprocessors x clock x 128 units each (which some GPUs have fewer of),
+    and clock of the memory x 2 x width of its bus.
+    """
+    device = cuda.get_current_device()
+    multiply_adds = device.MULTIPROCESSOR_COUNT * device.CLOCK_RATE * 1e3 * 128
+    return multiply_adds, device.MEMORY_CLOCK_RATE * 1e3 * 2 * device.GLOBAL_MEMORY_BUS_WIDTH / 8
+
+
 def device_name():
     """Return the name and the compute capability of the GPU."""
     if config.ENABLE_CUDASIM:
