@@ -98,10 +98,10 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     except KeyboardInterrupt:
         result.interrupted = _where(result)
         _calibrate(networks["rso"], data, settings, backend)
-    except kernels.GpuError:  # the network so far is not on the GPU
+    except kernels.GpuError as error:  # the network so far is not on the GPU
         _calibrate(networks["rso"], data, settings, "cpu")
         _write(result, Path(out), before, scan, title)
-        raise
+        raise kernels.GpuError(f"{error}. {_where(result)}, in {out}") from error
     _write(result, Path(out), before, scan, title)
     return result
 

@@ -165,6 +165,18 @@ def test_interrupted_before_the_training_writes_nothing(monkeypatch, capsys, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failing_gpu_leaves_the_network_so_far(monkeypatch, capsys, tmp_path):
+    def fail(*_):
+        raise kernels.GpuError("the memory of the GPU is full")
+
+    original = History.add_trial
+    monkeypatch.setattr(History, "add_trial", lambda history, *arguments: (
+        fail() if history.weights_visited == N_WEIGHTS + 5 else original(history, *arguments)))
+    assert main([*QUICK, "--rounds", "2", "--epochs", "1", "--out", str(tmp_path)]) == 2
+    assert "interrupted in round 2 of RSO; the saved network includes the first 5" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
 # ---- errors ----
 
 

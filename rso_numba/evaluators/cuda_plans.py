@@ -1,6 +1,8 @@
 """What `cuda.py` sends to the GPU in each trial, prepared once for mini-batches of a size.
 
-A *launch* here is a kernel, its number of CUDA blocks, and its arguments.
+A *launch* here is a kernel, its number of CUDA blocks, and its arguments. (A CUDA graph would start all
+launches of a trial at once; but numba-cuda offers none, and weight and step of a trial are arguments of its
+launches.)
 """
 
 import math

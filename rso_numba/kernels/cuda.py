@@ -339,16 +339,16 @@ def softmax_sums(logits, b, lane):
 
 
 @cuda.jit(device=True)
-def softmax_sums_but(logits, b, n, k):
-    # logits (n_blocks, n_classes, n): the same without class k; -infinity and 0 if there is no other class
+def softmax_sums_but(logits, n, k):
+    # logits (n_classes, N) -> the same for image n without class k; -infinity and 0 if no other is there
     largest = -INFINITY
-    for c in range(logits.shape[1]):
+    for c in range(logits.shape[0]):
         if c != k:
-            largest = maximum(logits[b, c, n], largest)
+            largest = maximum(logits[c, n], largest)
     total = ZERO
-    for c in range(logits.shape[1]):
+    for c in range(logits.shape[0]):
         if c != k:
-            total += exp_difference(logits[b, c, n], largest)
+            total += exp_difference(logits[c, n], largest)
     return largest, total
 
 

@@ -17,7 +17,7 @@ from numba import config, cuda
 from . import GpuError
 
 # Numba's simulator starts a thread of Python for every thread of the GPU: a few must do
-LANES, ROWS, MOST_BLOCKS = (4, 2, 3) if config.ENABLE_CUDASIM else (32, 4, 65535)
+LANES, ROWS, MOST_BLOCKS = (4, 2, 2) if config.ENABLE_CUDASIM else (32, 4, 65535)
 THREADS = LANES * ROWS  # a power of two, see block_sum
 
 warnings.filterwarnings("ignore", "Grid size")  # a small batch is a small grid: Numba warns at each launch

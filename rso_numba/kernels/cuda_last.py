@@ -15,9 +15,11 @@ from .cuda_device import LANES, block_sum
 
 ZERO, ONE = np.float32(0), np.float32(1)
 
-# All trials of a launch share one CUDA block, since each waits for the decision of the one before
-MANY_ROWS = 2 if config.ENABLE_CUDASIM else 32
+# All trials of a launch share one CUDA block, since each waits for the decision of the one before. Twice as
+# many threads would leave each too few registers.
+MANY_ROWS = 2 if config.ENABLE_CUDASIM else 16
 MANY_THREADS = LANES * MANY_ROWS
+AT_ONCE = 8
 
 # columns of a trial in `where`: place in the vector of weights; logit and feature (or that of the bias);
 # the mini-batch's slot and its number of images
@@ -49,6 +51,20 @@ def slot_kernel(x, z, labels, slot, features, logits, slot_labels, log_length, a
         applied[slot] = log_length[0]
 
 
+@cuda.jit(device=True)
+def replay(z, a, n, log, log_amounts, missed, length):
+    # logits z (n_classes, N) and features a (n_in + 1, N) of image n, log (n, 2), log_amounts (n,)
+    # Features come from far away: AT_ONCE of them are fetched before the first is needed.
+    changes = cuda.local.array(AT_ONCE, np.float32)
+    for first in range(missed, length, AT_ONCE):
+        for i in range(AT_ONCE):
+            entry = min(first + i, length - 1)
+            changes[i] = log_amounts[entry] * a[log[entry, 1], n]
+        for i in range(AT_ONCE):
+            if first + i < length:
+                z[log[first + i, 0], n] += changes[i]
+
+
 @cuda.jit
 def last_layer_kernel(where, deltas, n_trials, decay, features, logits, slot_labels, applied,
                       log, log_amounts, log_length, weights, records):
@@ -60,23 +76,22 @@ def last_layer_kernel(where, deltas, n_trials, decay, features, logits, slot_lab
     for trial in range(n_trials):
         position, k, j = where[trial, POSITION], where[trial, LOGIT], where[trial, FEATURE]
         slot, n_images = where[trial, SLOT], where[trial, IMAGES]
+        a, z, labels = features[slot], logits[slot], slot_labels[slot]
         missed, length, before = applied[slot], log_length[0], weights[position]
         keep = candidate(0, before, decay, deltas[trial])
         plus = candidate(1, before, decay, deltas[trial])
         minus = candidate(2, before, decay, deltas[trial])
         loss_keep = loss_plus = loss_minus = np.float64(ZERO)
         for n in range(thread, n_images, MANY_THREADS):
-            for i in range(missed, length):
-                logits[slot, log[i, 0], n] += log_amounts[i] * features[slot, log[i, 1], n]
-            label, own, feature = slot_labels[slot, n], logits[slot, k, n], features[slot, j, n]
-            largest, others = softmax_sums_but(logits, slot, n, k)
-            labelled, is_own = logits[slot, label, n], label == k
-            z = own + (keep - before) * feature
-            loss_keep += changed_cross_entropy(z, others, largest, z if is_own else labelled)
-            z = own + (plus - before) * feature
-            loss_plus += changed_cross_entropy(z, others, largest, z if is_own else labelled)
-            z = own + (minus - before) * feature
-            loss_minus += changed_cross_entropy(z, others, largest, z if is_own else labelled)
+            replay(z, a, n, log, log_amounts, missed, length)
+            largest, others = softmax_sums_but(z, n, k)
+            labelled, is_own = z[labels[n], n], labels[n] == k
+            own = z[k, n] + (keep - before) * a[j, n]
+            loss_keep += changed_cross_entropy(own, others, largest, own if is_own else labelled)
+            own = z[k, n] + (plus - before) * a[j, n]
+            loss_plus += changed_cross_entropy(own, others, largest, own if is_own else labelled)
+            own = z[k, n] + (minus - before) * a[j, n]
+            loss_minus += changed_cross_entropy(own, others, largest, own if is_own else labelled)
         loss_keep = block_sum(parts, loss_keep) / n_images
         loss_plus = block_sum(parts, loss_plus) / n_images
         loss_minus = block_sum(parts, loss_minus) / n_images
