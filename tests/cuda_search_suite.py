@@ -60,10 +60,9 @@ def _data(n):
 
 N = LANES + 1  # images of a mini-batch: a full block and one more
 FEW = LANES - 1  # where a trial takes the simulator long
-CHAINS = ["one_conv", "two_conv", "original", "paper_mnist", "unusual"]
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", ["one_conv", "two_conv", "unusual"])  # the rounds below have the others
 def test_losses_before_and_after_accepted_changes(name, rng):
     network, data = _network(name), _data(2 * N)
     network.fit_scaling(data.train_images)
@@ -103,7 +102,7 @@ def _follow(network, twin, streams):
 
 
 @pytest.mark.parametrize("name, preset, hold, n, batch_size", [
-    ("one_conv", "notebook", "weight", 2 * N + 2, N), ("one_conv", "paper", "filter", N, N),
+    ("one_conv", "notebook", "weight", 2 * N + 2, N), ("one_conv", "paper", "filter", FEW + 1, FEW),
     ("two_conv", "notebook", "filter", N + 2, N), ("original", "notebook", "weight", FEW + 1, FEW),
     ("paper_mnist", "authors", "filter", 2 * FEW, FEW), ("unusual", "authors", "weight", FEW, FEW)])
 def test_a_whole_round_decides_as_numpy_does(name, preset, hold, n, batch_size):
@@ -126,7 +125,7 @@ def _search(name, preset="notebook", batch_size=FEW, n_batches=2, **settings):
 
 
 def test_two_runs_are_the_same_to_the_last_bit():
-    runs = [_search("one_conv", batch_size=N) for _ in range(2)]
+    runs = [_search("one_conv", batch_size=N, n_batches=1) for _ in range(2)]
     logs = [[trial.losses for trial in islice(stream, 30)] for _, stream in runs]
     assert logs[0] == logs[1]
     np.testing.assert_array_equal(runs[0][0].weights, runs[1][0].weights)

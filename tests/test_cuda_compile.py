@@ -7,7 +7,7 @@ compiler refuses. `pytest -s` prints the registers a thread takes.
 import re
 
 import pytest
-from numba import boolean, config, float32, float64, int32, int64, types
+from numba import config, float32, float64, int32, int64, types
 
 if config.ENABLE_CUDASIM:
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
@@ -74,7 +74,7 @@ SIGNATURES = {
     "norm_kernel": [_array(3, float64), int64, int64, _array(1), _array(1), float32, _array(3), _array(2),
                     _array(2)],
     "follow_kernel": [_array(3), int64, int64, int64, float32, _array(2)],
-    "tail_kernel": [_array(5), _array(2), _array(2), boolean, int64, _array(5)],
+    "tail_kernel": [_array(5), _array(2), _array(2), int64, int64, _array(5)],
     "slot_kernel": [_array(3), _array(3), _array(1, int64), int64, _array(3), _array(3), _array(2, int32),
                     _array(1, int64), _array(1, int64)],
     "last_layer_kernel": [

@@ -178,6 +178,7 @@ class Plan:
                         parameters[f"{norm.name}.beta"], np.float32(norm.epsilon),
                         statistics[norm.name], scale, shift))]
             y = z if pool == KEEP else empty((n_blocks, *pooled_shape(z.shape[1:4], pool), LANES), np.float32)
-            launches.append((tail_kernel, -(-y.size // (LANES * ROWS)), (z, scale, shift, relu, pool, y)))
+            launches.append((tail_kernel, -(-y.size // (LANES * ROWS)),
+                             (z, scale, shift, int(relu), pool, y)))
             z = y
         return launches, z
