@@ -134,7 +134,8 @@ def test_two_runs_are_the_same_to_the_last_bit():
 @pytest.mark.parametrize("name, n", [("one_conv", 24), ("two_conv", 27)])
 def test_little_memory_changes_no_decision(name, n, monkeypatch):
     logs, most, made = [], [], []
-    for memory in (1e9, 300, 0):
+    scant = 75 * LANES  # bytes: enough for one or two of the four mini-batches
+    for memory in (1e9, scant, 0):
         def make(_, network, *__, memory=memory):
             made.append(CudaForward(network, memory=memory))
             return made[-1]
@@ -154,8 +155,8 @@ def test_little_memory_changes_no_decision(name, n, monkeypatch):
     assert all(held <= memory and slots <= max(memory, one_slot) for memory, held, slots, _ in most)
     if name == "two_conv":  # some mini-batches are held, the others are not
         little, much = (max(held for memory, held, _, layer in most if memory == limit and layer == "conv2")
-                        for limit in (300, 1e9))
-        assert 0 < little <= 300 < much
+                        for limit in (scant, 1e9))
+        assert 0 < little <= scant < much
 
 
 def test_the_network_has_the_weights_of_the_trials_that_were_seen():
