@@ -135,6 +135,7 @@ def bench(arguments):
     from . import bench as benchmark
     from . import bench_gpu
 
+    kernels.backend(arguments.backend)  # says what a GPU lacks, if anything
     if arguments.threads is not None:
         _set_threads(arguments.threads)
     data = datasets.load(arguments.data, arguments.data_home)
@@ -144,10 +145,10 @@ def bench(arguments):
     plan = benchmark.QUICK if arguments.quick else benchmark.Plan()
     threads, rows = numba.get_num_threads(), []
     own = arguments.seed, arguments.batch_size, arguments.preset
-    groups = benchmark.run(chosen, data, threads, plan, *own)
     if arguments.backend == "cuda":
-        kernels.backend("cuda")  # says what is missing, if anything is
         groups = bench_gpu.run(chosen, data, plan, *own)
+    else:
+        groups = benchmark.run(chosen, data, threads, plan, *own)
     try:
         for group in groups:
             rows += group
@@ -158,7 +159,8 @@ def bench(arguments):
             result = dict(
                 command=shlex.join(["rso-numba", *sys.argv[1:]]), arguments={
                     name: value for name, value in vars(arguments).items() if name != "command"},
-                machine=dict(cpu=_cpu_model(), cores=os.cpu_count(), system=platform.platform(), gpu=_gpu()),
+                machine=dict(cpu=_cpu_model(), cores=os.cpu_count(), system=platform.platform(),
+                             gpu=_gpu() if arguments.backend == "cuda" else None),
                 versions={"rso_numba": __version__, "python": platform.python_version(),
                           **{package: _version(package) for package in (*PACKAGES, "torch")}},
                 threads=threads, seed=arguments.seed, data=repr(data),

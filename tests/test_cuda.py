@@ -114,4 +114,6 @@ def test_the_command_line_says_so_too(no_gpu, capsys, tmp_path):
     assert main(["compare", "--backend", "cuda", "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("rso-numba: error: the cuda backend cannot run") and error.count("\n") == 1
+    assert main(["bench", "--backend", "cuda", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == error
     assert not (tmp_path / "out").exists()
