@@ -172,7 +172,8 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
 
     Notes
     -----
-    Algorithm 1 of arXiv 2005.05955.
+    Algorithm 1 of arXiv 2005.05955. A GPU decides up to 256 trials before the first of them is returned;
+    the network always has the weights of the trials that were.
     """
     settings = presets.resolve(preset, **overrides)
     check_training(network, data, rounds, batch_size, "rounds")
