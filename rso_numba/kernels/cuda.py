@@ -49,7 +49,7 @@ from .cuda_products import (
     dense_weight_kernel,
 )
 
-ZERO, ONE, INFINITY = np.float32(0), np.float32(1), np.float32(np.inf)
+ZERO, ONE = np.float32(0), np.float32(1)
 
 relu = cuda.jit(device=True)(formulas.relu)
 relu_gradient = cuda.jit(device=True)(formulas.relu_gradient)
@@ -335,20 +335,6 @@ def softmax_sums(logits, b, lane):
     total = ZERO
     for k in range(logits.shape[1]):
         total += exp_difference(logits[b, k, lane], largest)
-    return largest, total
-
-
-@cuda.jit(device=True)
-def softmax_sums_but(logits, n, k):
-    # logits (n_classes, N) -> the same for image n without class k; -infinity and 0 if no other is there
-    largest = -INFINITY
-    for c in range(logits.shape[0]):
-        if c != k:
-            largest = maximum(logits[c, n], largest)
-    total = ZERO
-    for c in range(logits.shape[0]):
-        if c != k:
-            total += exp_difference(logits[c, n], largest)
     return largest, total
 
 

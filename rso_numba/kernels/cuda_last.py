@@ -9,11 +9,11 @@ import numpy as np
 from numba import config, cuda
 
 from . import formulas
-from .cuda import softmax_sums_but
+from .cuda import exp_difference, maximum
 from .cuda_changes import AFTER, BEFORE, CHOICE, LOSSES, candidate, smallest_of_three
 from .cuda_device import LANES, block_sum
 
-ZERO, ONE = np.float32(0), np.float32(1)
+ZERO, ONE, INFINITY = np.float32(0), np.float32(1), np.float32(np.inf)
 
 # All trials of a launch share one CUDA block, since each waits for the decision of the one before. Twice as
 # many threads would leave each too few registers.
@@ -49,6 +49,21 @@ def slot_kernel(x, z, labels, slot, features, logits, slot_labels, log_length, a
             slot_labels[slot, n] = labels[n] if n < labels.size else -1
     if lane == 0 and first == 0:
         applied[slot] = log_length[0]
+
+
+@cuda.jit(device=True)
+def softmax_sums_but(logits, n, k):
+    # logits (n_classes, N) -> the same as cuda.softmax_sums for image n, without class k
+    # (-infinity and 0 if there is no other)
+    largest = -INFINITY
+    for c in range(logits.shape[0]):
+        if c != k:
+            largest = maximum(logits[c, n], largest)
+    total = ZERO
+    for c in range(logits.shape[0]):
+        if c != k:
+            total += exp_difference(logits[c, n], largest)
+    return largest, total
 
 
 @cuda.jit(device=True)
