@@ -44,7 +44,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("rso-numba: interrupted; nothing more was written", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, kernels.GpuError) as error:
         print("rso-numba: error:", " ".join(str(error).split()), file=sys.stderr)  # on one line
         return 2
 
@@ -94,7 +94,7 @@ def parser():
     option("--seed", type=int, default=0, metavar="N",
            help="of all random numbers, 0 or larger (default: %(default)s)")
     option("--backend", default="cpu", metavar="NAME",
-           help=f"what computes, {names(kernels.BACKENDS)} (default: %(default)s)")
+           help=f"what computes, {names(kernels.CHOICES)} (default: %(default)s)")
     option("--threads", type=int, metavar="N", help="threads of the cpu backend (default: all cores)")
     option("--out", default="rso-out", metavar="FOLDER",
            help="folder for the files, made if need be (default: %(default)s)")
@@ -119,6 +119,9 @@ def _add_bench(commands):
            "one_conv, 1000 for two_conv, 5000 for paper_mnist; at most half of the training set)")
     option("--preset", metavar="NAME", help=f"settings of RSO, one of {', '.join(presets.PRESETS)} "
            "(default: notebook, authors for paper_mnist)")
+    option("--backend", default="cpu", choices=("cpu", "cuda"),
+           help="cuda: a GPU, beside the least time that its arithmetic and its memory would take "
+           "(default: %(default)s)")
     option("--threads", type=int, metavar="N", help="threads of Numba and PyTorch (default: all cores)")
     option("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: %(default)s)")
     option("--quick", action="store_true", help="few images and trials: does it run? The figures mean little")
@@ -130,7 +133,9 @@ def bench(arguments):
     import numba
 
     from . import bench as benchmark
+    from . import bench_gpu
 
+    kernels.backend(arguments.backend)  # says what a GPU lacks, if anything
     if arguments.threads is not None:
         _set_threads(arguments.threads)
     data = datasets.load(arguments.data, arguments.data_home)
@@ -139,9 +144,13 @@ def bench(arguments):
     chosen = list(benchmark.CONFIGURATIONS) if arguments.model == "all" else [arguments.model]
     plan = benchmark.QUICK if arguments.quick else benchmark.Plan()
     threads, rows = numba.get_num_threads(), []
+    own = arguments.seed, arguments.batch_size, arguments.preset
+    if arguments.backend == "cuda":
+        groups = bench_gpu.run(chosen, data, plan, *own)
+    else:
+        groups = benchmark.run(chosen, data, threads, plan, *own)
     try:
-        for group in benchmark.run(chosen, data, threads, plan, arguments.seed, arguments.batch_size,
-                                   arguments.preset):
+        for group in groups:
             rows += group
             print(f"rso-numba: measured {group[-1].configuration}", file=sys.stderr)
     finally:  # an interrupted benchmark keeps what it has measured
@@ -150,7 +159,8 @@ def bench(arguments):
             result = dict(
                 command=shlex.join(["rso-numba", *sys.argv[1:]]), arguments={
                     name: value for name, value in vars(arguments).items() if name != "command"},
-                machine=dict(cpu=_cpu_model(), cores=os.cpu_count(), system=platform.platform()),
+                machine=dict(cpu=_cpu_model(), cores=os.cpu_count(), system=platform.platform(),
+                             gpu=_gpu() if arguments.backend == "cuda" else None),
                 versions={"rso_numba": __version__, "python": platform.python_version(),
                           **{package: _version(package) for package in (*PACKAGES, "torch")}},
                 threads=threads, seed=arguments.seed, data=repr(data),
@@ -228,7 +238,7 @@ def info(arguments):
         ("Numba threads", numba.get_num_threads()),
         ("threading layer", _threading_layer()),
         ("compiled code", _cache_folder()),
-        ("CUDA", f"the cuda backend is not part of this version yet; {_gpu()}"),
+        ("CUDA", _gpu()),
     ]
     lines += [("data folder", line) for line in _data_folders()]
     for name, value in lines:
@@ -270,16 +280,11 @@ def _cache_folder():
 
 
 def _gpu():
-    # the only place that imports Numba's CUDA; without a driver it is there, but says no
-    try:
-        from numba import cuda
+    if problem := kernels.gpu_problem():
+        return f"the cuda backend cannot run: {problem}"
+    from .kernels.cuda_device import device_name
 
-        if not cuda.is_available():
-            return "Numba sees no GPU"
-        name = cuda.get_current_device().name
-        return f"Numba sees a GPU, {name.decode() if isinstance(name, bytes) else name}"
-    except Exception as error:  # a broken driver raises many things, and none is worth a traceback here
-        return f"Numba cannot ask for a GPU ({type(error).__name__}: {error})"
+    return f"the cuda backend works: {device_name()}"
 
 
 def _data_folders():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import models, plots, presets, rso, sgd
+from . import kernels, models, plots, presets, rso, sgd
 from .datasets import check_images, check_labels
 from .evaluators import FullForward
 from .history import History
@@ -49,7 +49,7 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
         Of RSO, see `rso.train`.
     sgd_epochs, sgd_batch_size, learning_rate, momentum
         Of SGD, see `sgd.train`.
-    backend : {"cpu", "numpy"}
+    backend : {"cpu", "numpy", "cuda", "auto"}
     seed : int
         0 or larger. Draws the initial weights, the steps and the mini-batches.
     out : str or path
@@ -66,11 +66,14 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     ------
     ValueError, TypeError
         If an argument is out of range or does not fit the data.
+    GpuError
+        If the GPU fails.
 
     Notes
     -----
     Ctrl-C during the training raises nothing: what was learnt so far is written and returned, and
-    `Comparison.interrupted` says where the training stopped.
+    `Comparison.interrupted` says where the training stopped. It is also written before a GpuError, such as
+    of full memory, is raised.
     """
     if seed < 0:
         raise ValueError(f"seed is {seed}; expected 0 or larger")
@@ -86,6 +89,7 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     # begins in the last layer, which has kernels of its own
     scan = example_trial(networks["rso"], data, batch_size, settings, backend, seed)
     next(rso.trials(_copy(networks["rso"], settings), data, 1, batch_size, settings, backend=backend, rng=0))
+    title = f"{data.name}: {model}, {networks['rso'].n_weights:,} weights"
     sgd.gradients(networks["sgd"], data.train_images[:2], data.train_labels[:2], backend)
     try:
         # SGD first: it takes a moment, and an interrupted search then has something to compare with
@@ -95,11 +99,19 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
                   backend=backend, rng=_generator(seed), progress=progress, history=result.histories["rso"])
     except KeyboardInterrupt:
         result.interrupted = _where(result)
-        if networks["rso"].has_batchnorm and settings.test_statistics == "first_2000":
-            # its statistics are those of the last whole round
-            networks["rso"].calibrate(data.train_images[: rso.CALIBRATION_IMAGES], backend)
-    _write(result, Path(out), before, scan, f"{data.name}: {model}, {networks['rso'].n_weights:,} weights")
+        _calibrate(networks["rso"], data, settings, backend)
+    except kernels.GpuError as error:  # the network so far is not on the GPU
+        _calibrate(networks["rso"], data, settings, "cpu")
+        _write(result, Path(out), before, scan, title)
+        raise kernels.GpuError(f"{error}. {_where(result)}, in {out}") from error
+    _write(result, Path(out), before, scan, title)
     return result
+
+
+def _calibrate(network, data, settings, backend):
+    """Take BatchNorm's statistics anew after an interrupted round: those at hand are of the round before."""
+    if network.has_batchnorm and settings.test_statistics == "first_2000":
+        network.calibrate(data.train_images[: rso.CALIBRATION_IMAGES], backend)
 
 
 def _generator(seed):
@@ -186,7 +198,7 @@ def scan_weight(network, parameter, index, values, images, labels, backend="cpu"
     values : ndarray (n,)
     images : ndarray (N, C, H, W), float32 in [0, 1]
     labels : ndarray (N,), int
-    backend : {"cpu", "numpy"}
+    backend : {"cpu", "numpy", "cuda", "auto"}
 
     Returns
     -------

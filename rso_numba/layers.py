@@ -1,8 +1,8 @@
 """The layers: parameters, forward and backward side by side.
 
 A layer holds its weights and knows two things, `forward` and `backward`; the arithmetic is done by
-the kernels of a backend (`kernels/plain.py` or `kernels/cpu.py`), which the `Pass` carries. Layers
-never look inside the activations, because each backend lays them out in its own way.
+the kernels of a backend (`kernels/plain.py`, `cpu.py` or `cuda.py`), which the `Pass` carries. Layers
+never look inside the activations: each backend lays them out in its own way, `cuda` on the GPU.
 
 A network is a chain of layers. A skip connection fits the chain as a layer that holds two branches
 of layers and adds their outputs; `Network` finds their weights through `Layer.leaves`.
@@ -22,7 +22,7 @@ class Pass:
     kernels : module
         The backend.
     n_images : int
-        Number of images; the `cpu` backend pads its last block.
+        Number of images; the `cpu` and `cuda` backends pad their last block.
     batch_statistics : bool
         BatchNorm uses the statistics of these images instead of its stored ones.
     momentum : float

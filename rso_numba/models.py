@@ -178,7 +178,8 @@ class Network:
         Parameters
         ----------
         images : ndarray (N, C, H, W), float32 in [0, 1]
-        backend : {"cpu", "numpy"}
+        backend : {"cpu", "numpy", "cuda", "auto"}
+            "cuda" is an NVIDIA GPU; "auto" is "cuda" where that works, else "cpu".
 
         Returns
         -------
@@ -188,6 +189,8 @@ class Network:
         ------
         ValueError, TypeError
             If the images have another shape or hold NaN or infinite pixels.
+        GpuError
+            If the backend is "cuda" and there is no GPU that works, or its memory is full.
         """
         images, k = check_images(images, self.image_shape), kernels.backend(backend)
         logits = []

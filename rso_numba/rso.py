@@ -10,8 +10,9 @@
     8               keep the value with the smallest loss
 
 (Algorithm 1 of arXiv 2005.05955 in our words. The paper says *cycle* where the course notebook and
-this package say *round*.) `_search` below is that loop; the comments give the lines. What the
-paper, its authors' code and the notebook do differently is in `presets.py`.
+this package say *round*.) `_draws` and `_decide` below are that loop: what is drawn, and what follows from
+the losses; the comments give the lines. What the paper, its authors' code and the notebook do differently is
+in `presets.py`.
 """
 
 from dataclasses import dataclass
@@ -81,28 +82,56 @@ def smallest(losses):
     return losses.index(min(losses))
 
 
-def _search(network, data, rounds, batch_size, settings, judge, rng):
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What is drawn for a trial before any loss is known; `batch` is None where the last one is held."""
+
+    round: int
+    parameter: Any
+    index: Any
+    batch: tuple | None
+    delta: Any
+
+
+def _draws(network, data, rounds, batch_size, settings, rng):
     round_visits = visits(network, settings, rng)  # line 1
     batches = POLICIES[settings.batches](data, batch_size, rng)
-    decay = np.float32(1 - settings.weight_decay)
     for c in range(1, rounds + 1):  # line 2
         factor = annealing_factor(settings.annealing, c - 1, rounds)
         for parameter, indices, sigma in round_visits:  # line 3
             batches.begin(parameter)
             held_for = None  # output channel that the mini-batch is held for
             for index in indices:  # line 4
+                batch = None
                 if settings.hold == "weight" or index[0] != held_for:
-                    judge.set_batch(*batches.draw())  # line 5
+                    batch = batches.draw()  # line 5
                     held_for = index[0] if settings.hold == "filter" else None
-                before = parameter.value[index].copy()
-                delta = np.float32(draw_step(rng, settings.step, factor * sigma, before.shape))  # line 6
-                w = before * decay
-                candidates = (w, w + delta, w - delta)
-                losses = judge.losses(parameter, index, candidates).tolist()  # line 7
-                best = smallest(losses)
-                judge.keep(parameter, index, candidates[best])  # line 8
-                yield Trial(c, parameter.layer, parameter.name, index, delta, tuple(losses),
-                            CHOICES[best], before, candidates[best])
+                shape = np.shape(parameter.value[index])
+                delta = np.float32(draw_step(rng, settings.step, factor * sigma, shape))  # line 6
+                yield Draw(c, parameter, index, batch, delta)
+
+
+def _decide(judge, draws, decay):
+    for draw in draws:
+        if draw.batch is not None:
+            judge.set_batch(*draw.batch)
+        parameter, index = draw.parameter, draw.index
+        before = parameter.value[index].copy()
+        w = before * decay
+        candidates = (w, w + draw.delta, w - draw.delta)
+        losses = judge.losses(parameter, index, candidates).tolist()  # line 7
+        best = smallest(losses)
+        judge.keep(parameter, index, candidates[best])  # line 8
+        yield draw, losses, best, before, candidates[best]
+
+
+def _search(draws, judge, settings):
+    # nothing that is drawn depends on a loss: an evaluator may decide many trials at once by itself
+    decay = np.float32(1 - settings.weight_decay)
+    decided = judge.decide(draws, decay) if hasattr(judge, "decide") else _decide(judge, draws, decay)
+    for draw, losses, best, before, after in decided:
+        yield Trial(draw.round, draw.parameter.layer, draw.parameter.name, draw.index, draw.delta,
+                    tuple(losses), CHOICES[best], before, after)
 
 
 def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluation="delta",
@@ -124,7 +153,8 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
     evaluation : {"delta", "full"}
         How losses are computed: from what a weight changes, or by whole forward passes. The losses
         are the same, see `evaluators.evaluator`.
-    backend : {"cpu", "numpy"}
+    backend : {"cpu", "numpy", "cuda", "auto"}
+        "cuda" is an NVIDIA GPU; "auto" is "cuda" where that works, else "cpu".
     rng : None, int or Generator
         The one source of all random numbers. 0 is a seed like any other.
     **overrides
@@ -142,14 +172,16 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
 
     Notes
     -----
-    Algorithm 1 of arXiv 2005.05955.
+    Algorithm 1 of arXiv 2005.05955. A GPU decides up to 256 trials before the first of them is returned;
+    the network always has the weights of the trials that were.
     """
     settings = presets.resolve(preset, **overrides)
     check_training(network, data, rounds, batch_size, "rounds")
     momentum = RUNNING_MOMENTUM if settings.test_statistics == "running" else 0.0
     judge = evaluator(evaluation, network, backend, momentum, settings.unit)
     network.fit_scaling(data.train_images)
-    return _search(network, data, rounds, batch_size, settings, judge, np.random.default_rng(rng))
+    draws = _draws(network, data, rounds, batch_size, settings, np.random.default_rng(rng))
+    return _search(draws, judge, settings)
 
 
 def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluation="delta",

@@ -21,7 +21,7 @@ def gradients(network, images, labels, backend="cpu"):
         BatchNorm uses the mini-batch's statistics.
     images : ndarray (N, C, H, W), float32 in [0, 1]
     labels : ndarray (N,), int
-    backend : {"cpu", "numpy"}
+    backend : {"cpu", "numpy", "cuda", "auto"}
 
     Returns
     -------
@@ -75,7 +75,7 @@ def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=
     validation_fraction : float
         If positive, this fraction of the training set is not trained on, and the network ends
         with a copy of the weights that had the smallest loss on it (never on the test set).
-    backend : {"cpu", "numpy"}
+    backend : {"cpu", "numpy", "cuda", "auto"}
     rng : None, int or Generator
     progress : bool
         Show a progress bar with the time left.

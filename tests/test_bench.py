@@ -7,7 +7,7 @@ import numba
 import numpy as np
 import pytest
 
-from rso_numba import bench, datasets, models, rso, sgd
+from rso_numba import bench, bench_gpu, datasets, models, rso, sgd
 from rso_numba.__main__ import benchmark_table, main
 from rso_numba.evaluators import FullForward
 
@@ -34,6 +34,22 @@ def all_digits28():
 @pytest.fixture(scope="module")
 def digits28(all_digits28):
     return all_digits28.subset(80, 10, rng=0)
+
+
+def test_the_floors_of_a_gpu_count_what_a_trial_computes(all_digits28):
+    job = job_of("one_conv", all_digits28, batch_size=100)
+    # a filter at 784 pixels and 196 features for 10 logits, three times; in the last layer three logits
+    convolution, dense = 3 * (784 * 9 + 196 * 10), 3
+    # input, map and pooled map of a channel, then logits: written and read for three candidates
+    moved, moved_last = 784 + 3 * 2 * (784 + 196 + 10) + 10, 10 + 1
+    n_convolution, n_dense = 4 * 9 + 4, 7840 + 10
+    arithmetic, memory = bench_gpu.floors(job, (1e9, 1e9))
+    assert arithmetic == pytest.approx(100 * (convolution * n_convolution + dense * n_dense) / 1e9)
+    assert memory == pytest.approx(4 * 100 * (moved * n_convolution + moved_last * n_dense) / 1e9)
+    # merged with their pools, the six convolutions and the dense layer of one image
+    network = job_of("paper_mnist", all_digits28, "authors").network()
+    forward = sum(size.multiply_adds for size in bench_gpu.sizes(network))
+    assert forward == 784 * 144 + 196 * 16 * 256 + 196 * 2304 + 49 * 16 * 256 + 2 * 49 * 2304 + 160
 
 
 def job_of(model, data, preset="notebook", batch_size=16):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import rso_numba
-from rso_numba import datasets, experiments, models, plots
+from rso_numba import datasets, experiments, kernels, models, plots
 from rso_numba.__main__ import main
 from rso_numba.evaluators import FullForward
 from rso_numba.history import History
@@ -165,6 +165,18 @@ def test_interrupted_before_the_training_writes_nothing(monkeypatch, capsys, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failing_gpu_leaves_the_network_so_far(monkeypatch, capsys, tmp_path):
+    def fail(*_):
+        raise kernels.GpuError("the memory of the GPU is full")
+
+    original = History.add_trial
+    monkeypatch.setattr(History, "add_trial", lambda history, *arguments: (
+        fail() if history.weights_visited == N_WEIGHTS + 5 else original(history, *arguments)))
+    assert main([*QUICK, "--rounds", "2", "--epochs", "1", "--out", str(tmp_path)]) == 2
+    assert "interrupted in round 2 of RSO; the saved network includes the first 5" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
 # ---- errors ----
 
 
@@ -219,7 +231,8 @@ def test_info_prints_versions_and_folders(monkeypatch, capsys, tmp_path):
     assert {"rso_numba", "python", "numba", "llvmlite", "matplotlib", "scikit-learn"} <= set(lines)
     assert int(lines["Numba threads"]) >= 1
     assert lines["threading layer"] in ("omp", "tbb", "workqueue")
-    assert "the cuda backend is not part of this version yet" in lines["CUDA"]
+    works, problem = lines["CUDA"].startswith("the cuda backend works: "), kernels.gpu_problem()
+    assert works if problem is None else lines["CUDA"] == f"the cuda backend cannot run: {problem}"
     assert lines["data folder"] == f"{tmp_path} has 1 of the 4 files of MNIST"
 
 

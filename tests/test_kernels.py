@@ -208,5 +208,5 @@ def test_backends_are_twins():
 
 
 def test_unknown_backend_lists_the_known():
-    with pytest.raises(ValueError, match="'gpu'; known backends: cpu, numpy"):
+    with pytest.raises(ValueError, match="'gpu'; known backends: cpu, numpy, cuda, auto"):
         kernels.backend("gpu")

@@ -7,12 +7,17 @@ Every evaluator has the same three methods, and the search loop never knows whic
 * `losses(parameter, index, candidates)`: the mean loss for every candidate value of
   `parameter.value[index]`, the first of which is the weight as it is, float64;
 * `keep(parameter, index, value)`: this value stays.
+
+One that would have to wait long for each answer may have a fourth, `decide(draws, decay)`, which does what
+`_decide` in `rso.py` does, many trials at a time.
 """
+
+import contextlib
 
 from .. import kernels
 from .full import FullForward
 
-__all__ = ["DeltaForward", "FullForward", "evaluator"]  # noqa: F822  (see __getattr__)
+__all__ = ["CudaForward", "DeltaForward", "FullForward", "evaluator"]  # noqa: F822  (see __getattr__)
 
 EVALUATIONS = ("delta", "full")
 
@@ -24,9 +29,10 @@ def evaluator(evaluation, network, backend, momentum, unit="weight"):
     ----------
     evaluation : {"delta", "full"}
         Compute only what a weight changes, or everything. The losses are the same. The `numpy`
-        backend, and steps that change more than one weight, are always evaluated in full.
+        backend, steps that change more than one weight, and on a GPU networks that are no chain
+        are always evaluated in full.
     network : Network
-    backend : {"cpu", "numpy"}
+    backend : {"cpu", "numpy", "cuda", "auto"}
     momentum : float
         How far each mini-batch moves BatchNorm's running statistics.
     unit : str
@@ -36,21 +42,34 @@ def evaluator(evaluation, network, backend, momentum, unit="weight"):
     ------
     ValueError
         If there is no such evaluation or backend.
+    GpuError
+        If the backend is "cuda" and does not work here.
     """
     if evaluation not in EVALUATIONS:
         raise ValueError(f"unknown evaluation {evaluation!r}; known evaluations: {', '.join(EVALUATIONS)}")
-    kernels.backend(backend)
+    backend = kernels.resolve(backend)
     if evaluation == "delta" and backend == "cpu" and unit == "weight":
         from .delta import DeltaForward
 
         return DeltaForward(network, momentum)
+    if evaluation == "delta" and backend == "cuda" and unit == "weight":
+        kernels.backend("cuda")  # says what is missing, if anything is
+        from .cuda import CudaForward
+        from .stages import NotAChain
+
+        with contextlib.suppress(NotAChain):
+            return CudaForward(network, momentum)
     return FullForward(network, backend, momentum)
 
 
 def __getattr__(name):
-    # DeltaForward imports Numba, which takes a second: not before somebody wants it
+    # these import Numba, which takes a second: not before somebody wants it
     if name == "DeltaForward":
         from .delta import DeltaForward
 
         return DeltaForward
+    if name == "CudaForward":
+        from .cuda import CudaForward
+
+        return CudaForward
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ class FullForward:
     Parameters
     ----------
     network : Network
-    backend : {"cpu", "numpy"}
+    backend : {"cpu", "numpy", "cuda", "auto"}
     momentum : float
         How far each mini-batch moves BatchNorm's running statistics, in the pass of its first
         candidate.

@@ -18,6 +18,10 @@ POOLS = {MaxPool: tails.MAX, AvgPool: tails.MEAN, GlobalMaxPool: tails.GLOBAL_MA
          GlobalMeanPool: tails.GLOBAL_MEAN}
 
 
+class NotAChain(ValueError):
+    """Delta evaluation cannot cut a network into stages."""
+
+
 @dataclass(eq=False)
 class Stage:
     """A mixing layer and the channelwise layers behind it; `step` is 2 if an AvgPool is merged into it."""
@@ -28,10 +32,7 @@ class Stage:
 
     def close(self):
         """Decide how the layers behind the mixing layer are computed, now that all are known."""
-        rest = list(self.layers)
-        self.norm = rest.pop(0) if rest and isinstance(rest[0], BatchNorm) else None
-        self.relu = bool(rest and isinstance(rest[0], ReLU) and rest.pop(0))
-        self.pool = POOLS[type(rest.pop(0))] if rest and type(rest[0]) in POOLS else tails.KEEP
+        (self.norm, self.relu, self.pool), rest = first_tail(self.layers)
         self.apart = [] if all(isinstance(layer, Flatten) for layer in rest) else self.layers
         if self.apart:
             self.norm, self.relu, self.pool = None, False, tails.KEEP
@@ -72,19 +73,28 @@ class Stage:
         return tails.Tail(scale, shift, self.relu, self.pool)
 
 
+def first_tail(layers):
+    """Return what one tail can do of channelwise layers, (BatchNorm or None, ReLU?, pool), and the rest."""
+    rest = list(layers)
+    norm = rest.pop(0) if rest and isinstance(rest[0], BatchNorm) else None
+    relu = bool(rest and isinstance(rest[0], ReLU) and rest.pop(0))
+    pool = POOLS[type(rest.pop(0))] if rest and type(rest[0]) in POOLS else tails.KEEP
+    return (norm, relu, pool), rest
+
+
 def cut(network):
     """Return the layers before the first stage, and the stages.
 
     Raises
     ------
-    ValueError
+    NotAChain
         If the network is no chain of mixing and channelwise layers that ends in a dense layer.
     """
     head, stages = [], []
     for layer in network.layers:
         if layer not in network.leaves:
-            raise ValueError(f"{layer} holds layers; delta evaluation takes chains only, "
-                             "use evaluation='full'")
+            raise NotAChain(f"{layer} holds layers; delta evaluation takes chains only, "
+                            "use evaluation='full'")
         if layer.mixes_channels:
             stages.append(Stage(layer))
         elif not stages:
@@ -97,7 +107,7 @@ def cut(network):
     for stage in stages:
         stage.close()
     if not stages or not isinstance(stages[-1].mixing, Dense) or stages[-1].layers:
-        raise ValueError("the network does not end in a dense layer; use evaluation='full'")
+        raise NotAChain("the network does not end in a dense layer; use evaluation='full'")
     return head, stages
 
 

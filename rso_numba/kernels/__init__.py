@@ -1,6 +1,29 @@
-"""The arithmetic, once for every backend: `plain.py` (numpy) and `cpu.py` (Numba) are twins."""
+"""The arithmetic, once for every backend: `plain.py` (numpy), `cpu.py` and `cuda.py` (Numba) are twins."""
 
-BACKENDS = ("cpu", "numpy")
+import importlib.util
+import os
+
+BACKENDS = ("cpu", "numpy", "cuda")
+CHOICES = (*BACKENDS, "auto")
+
+
+class GpuError(RuntimeError):
+    """The GPU cannot compute: it or its software is missing, its memory is full, or it stopped answering."""
+
+
+def resolve(name):
+    """Return the name of the backend to use: "auto" is "cuda" where that works, else "cpu".
+
+    Raises
+    ------
+    ValueError
+        If there is no such backend.
+    """
+    if name not in CHOICES:
+        raise ValueError(f"unknown backend {name!r}; known backends: {', '.join(CHOICES)}")
+    if name == "auto":
+        return "cpu" if gpu_problem() else "cuda"
+    return name
 
 
 def backend(name):
@@ -10,7 +33,10 @@ def backend(name):
     ------
     ValueError
         If there is no such backend.
+    GpuError
+        If it is "cuda" and does not work here; the message says what is missing.
     """
+    name = resolve(name)
     if name == "cpu":
         from . import cpu
 
@@ -19,4 +45,19 @@ def backend(name):
         from . import plain
 
         return plain
-    raise ValueError(f"unknown backend {name!r}; known backends: {', '.join(BACKENDS)}")
+    if problem := gpu_problem():
+        raise GpuError(f"the cuda backend cannot run: {problem}. backend='cpu' needs no GPU")
+    from . import cuda
+
+    return cuda
+
+
+def gpu_problem():
+    """Return why the `cuda` backend cannot run here and how to mend it, as text; None if it can."""
+    simulated = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0"
+    if not simulated and importlib.util.find_spec("numba_cuda") is None:
+        return ("the package numba-cuda is not installed; install it and the CUDA toolkit with: "
+                "pip install -e '.[cuda]' (or [cuda12], for drivers older than CUDA 13)")
+    from . import cuda_device
+
+    return cuda_device.problem()

@@ -60,6 +60,25 @@ def cross_entropy(logit, largest, total):
     return math.log(total) - (logit - largest)
 
 
+def changed_cross_entropy(own, others, largest, labelled):
+    """Return cross_entropy of an image one of whose logits is `own` now; `labelled` is that of the label.
+
+    `others` is the sum of exp_difference over the other classes, `largest` their largest logit.
+    """
+    top = own if own >= largest or own != own else largest
+    return math.log(others * math.exp(largest - top) + math.exp(own - top)) + top - labelled
+
+
+def smallest_of_three(keep, plus, minus):
+    """Return 0, 1 or 2: which loss is the smallest, the first on a tie. NaN and infinity lose."""
+    best, least = 0, keep if abs(keep) < math.inf else math.inf
+    if plus < least and plus > -math.inf:
+        best, least = 1, plus
+    if minus < least and minus > -math.inf:
+        best = 2
+    return best
+
+
 def cross_entropy_gradient(logit, largest, total, target, n_images):
     """Return d(mean cross-entropy)/d(logit); target is 1 for the label's logit and 0 for the others."""
     return (math.exp(logit - largest) / total - target) / n_images

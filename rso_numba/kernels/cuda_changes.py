@@ -1,0 +1,173 @@
+"""The kernels of the search on the GPU: candidates for a weight, what follows a change, and the decision.
+
+Three candidates for a weight pass through the network side by side: first as three channels of one array,
+(n_blocks, 3, h, w, LANES), because a weight changes one channel of its layer; then, where the next layer has
+mixed the channels, as three times n_blocks blocks. See `evaluators/cuda.py`.
+"""
+
+import math
+
+import numpy as np
+from numba import cuda
+
+from . import formulas
+from .cuda_device import LANES, THREADS, block_sum
+from .tails import GLOBAL_MAX, KEEP, MAX, MEAN
+
+ZERO = np.float32(0)
+LOSSES, CHOICE, BEFORE, AFTER, RECORD = 0, 3, 4, 5, 6  # columns of a trial's record, and their number
+N_CANDIDATES = 3
+
+relu = cuda.jit(device=True)(formulas.relu)
+maximum = cuda.jit(device=True)(formulas.maximum)
+mean_of_four = cuda.jit(device=True)(formulas.mean_of_four)
+smallest_of_three = cuda.jit(device=True)(formulas.smallest_of_three)
+
+
+@cuda.jit(device=True)
+def candidate(v, before, decay, delta):
+    """Return candidate v for a weight: as it is after weight decay, plus or minus delta; as NumPy rounds."""
+    # In float32, the GPU would round product and sum at once. The product in float64 is exact.
+    w = np.float32(np.float64(before) * np.float64(decay))
+    if v == 0:
+        return w
+    return w + delta if v == 1 else w - delta
+
+
+@cuda.jit
+def candidates_kernel(trial, weights, position, k, delta, decay, filter_first, origins, filters, singles,
+                      records):
+    # weights (n_weights,); filters (3, n): the weights that make channel k, for every candidate; likewise
+    # singles (n_others, 3): bias, gamma, beta, ..., where those of all channels begin at origins (n_others,)
+    # in the weights (or nowhere: -1); records (n_trials, RECORD)
+    lane, row = cuda.grid(2)
+    thread, n_threads = row * LANES + lane, cuda.gridsize(2)[1] * LANES
+    before, n = weights[position], filters.shape[1]
+    for task in range(thread, N_CANDIDATES * (n + origins.size), n_threads):
+        v, i = task // (n + origins.size), task % (n + origins.size)
+        source = filter_first + k * n + i
+        if i >= n:
+            source = origins[i - n] + k if origins[i - n] >= 0 else -1
+        value = weights[source] if source >= 0 else ZERO
+        if source == position:
+            value = candidate(v, before, decay, delta)
+        if i < n:
+            filters[v, i] = value
+        else:
+            singles[i - n, v] = value
+    if thread == 0:
+        records[trial, BEFORE] = before
+
+
+@cuda.jit
+def decide_kernel(trial, weights, position, delta, decay, sums, n_images, records):
+    # sums (3 * n_blocks,) of losses, float64; weights (n_weights,), records (n_trials, RECORD)
+    # One CUDA block: the sums are added in a fixed order, the smallest wins.
+    thread = cuda.threadIdx.y * LANES + cuda.threadIdx.x
+    parts = cuda.shared.array(THREADS, np.float64)
+    n_blocks = sums.size // N_CANDIDATES
+    for v in range(N_CANDIDATES):
+        part = np.float64(ZERO)
+        for b in range(thread, n_blocks, THREADS):
+            part += sums[v * n_blocks + b]
+        total = block_sum(parts, part)
+        if thread == 0:
+            records[trial, LOSSES + v] = total / n_images
+    if thread == 0:
+        best = smallest_of_three(records[trial, 0], records[trial, 1], records[trial, 2])
+        after = candidate(best, weights[position], decay, delta)
+        weights[position] = after
+        records[trial, CHOICE], records[trial, AFTER] = best, after
+
+
+@cuda.jit
+def merge_kernel(weight, merged):
+    # weight (n, C_in, size, size) -> merged (n, C_in, size + 1, size + 1), as changes.merged_with_avgpool
+    lane, row = cuda.grid(2)
+    size, n_in = weight.shape[2], weight.shape[1]
+    for task in range(row * LANES + lane, merged.size, cuda.gridsize(2)[1] * LANES):
+        j, rest = task % (size + 1), task // (size + 1)
+        i, rest = rest % (size + 1), rest // (size + 1)
+        c, o = rest % n_in, rest // n_in
+        total = ZERO
+        for row_of in range(max(i - 1, 0), min(i + 1, size)):
+            for column in range(max(j - 1, 0), min(j + 1, size)):
+                total += formulas.QUARTER * weight[o, c, row_of, column]
+        merged[o, c, i, j] = total
+
+
+@cuda.jit
+def norm_kernel(sums, n_images, n_pixels, gamma, beta, epsilon, statistics, scale, shift):
+    # sums (2, n_candidates * n_blocks, C) of statistics_kernel; gamma, beta (C,)
+    # statistics (2, n_candidates, C): mean and variance; scale, shift (n_candidates, C): what BatchNorm does
+    # A CUDA block takes a channel of a candidate.
+    thread = cuda.threadIdx.y * LANES + cuda.threadIdx.x
+    parts = cuda.shared.array(THREADS, np.float64)
+    n_blocks = (n_images + LANES - 1) // LANES
+    for task in range(cuda.blockIdx.y, scale.size, cuda.gridDim.y):
+        v, c = task // scale.shape[1], task % scale.shape[1]
+        part = np.float64(ZERO)
+        for b in range(thread, n_blocks, THREADS):
+            part += sums[0, v * n_blocks + b, c]
+        mean = block_sum(parts, part) / (n_images * n_pixels)
+        part = np.float64(ZERO)
+        for b in range(thread, n_blocks, THREADS):
+            # squares are taken around the mean of their block; moving them to the common mean cancels nothing
+            count = min(LANES, n_images - b * LANES) * n_pixels
+            deviation = sums[0, v * n_blocks + b, c] / count - mean
+            part += sums[1, v * n_blocks + b, c] + count * deviation * deviation
+        variance = block_sum(parts, part) / (n_images * n_pixels)
+        if thread == 0:
+            mean_32, variance_32 = np.float32(mean), np.float32(variance)
+            factor = gamma[c] / math.sqrt(variance_32 + epsilon)
+            statistics[0, v, c], statistics[1, v, c] = mean_32, variance_32
+            scale[v, c], shift[v, c] = factor, beta[c] - mean_32 * factor
+
+
+@cuda.jit
+def follow_kernel(statistics, first, n, but, momentum, running):
+    # statistics (2, n_candidates, n or more) of candidate 0: running (2, C) follows them in the n channels
+    # from `first` on, without channel `but`
+    lane, row = cuda.grid(2)
+    for c in range(row * LANES + lane, n, cuda.gridsize(2)[1] * LANES):
+        if first + c != but:
+            for i in range(2):
+                running[i, first + c] += momentum * (statistics[i, 0, c] - running[i, first + c])
+
+
+@cuda.jit(device=True)
+def scaled(z, scale, shift, is_relu):
+    value = scale * z + shift
+    return relu(value) if is_relu else value
+
+
+@cuda.jit
+def tail_kernel(z, scale, shift, is_relu, pool, y):
+    # z (n_blocks, C, H, W, LANES) -> y (n_blocks, C, h, w, LANES) = pool(relu(scale * z + shift))
+    # scale, shift (n_candidates, C); twin of what tails.tail_row does. y may be z if nothing is pooled.
+    lane, first = cuda.grid(2)
+    n_blocks, height, width = z.shape[0] // scale.shape[0], y.shape[2], y.shape[3]
+    for task in range(first, y.shape[0] * y.shape[1] * height * width, cuda.gridsize(2)[1]):
+        w, rest = task % width, task // width
+        h, rest = rest % height, rest // height
+        b, c = rest // y.shape[1], rest % y.shape[1]
+        a, d = scale[b // n_blocks, c], shift[b // n_blocks, c]
+        if pool == KEEP:
+            result = scaled(z[b, c, h, w, lane], a, d, is_relu)
+        elif pool in (MAX, MEAN):
+            v0 = scaled(z[b, c, 2 * h, 2 * w, lane], a, d, is_relu)
+            v1 = scaled(z[b, c, 2 * h, 2 * w + 1, lane], a, d, is_relu)
+            v2 = scaled(z[b, c, 2 * h + 1, 2 * w, lane], a, d, is_relu)
+            v3 = scaled(z[b, c, 2 * h + 1, 2 * w + 1, lane], a, d, is_relu)
+            if pool == MAX:
+                result = maximum(maximum(v0, v1), maximum(v2, v3))
+            else:
+                result = mean_of_four(v0, v1, v2, v3)
+        else:
+            result = scaled(z[b, c, 0, 0, lane], a, d, is_relu)
+            for pixel in range(1, z.shape[2] * z.shape[3]):
+                value = scaled(z[b, c, pixel // z.shape[3], pixel % z.shape[3], lane], a, d, is_relu)
+                result = maximum(result, value) if pool == GLOBAL_MAX else result + value
+            if pool != GLOBAL_MAX:
+                result = result / np.float32(z.shape[2] * z.shape[3])
+        y[b, c, h, w, lane] = result
