@@ -10,6 +10,9 @@ import weakref
 from collections import OrderedDict
 
 import numpy as np
+from numba import prange
+
+from .compiling import parallel_kernel
 
 ALIGNMENT = 64  # bytes in a cache line and in a register of AVX-512
 SMALLEST = 2**12  # bytes; smaller arrays are left to the allocator
@@ -87,7 +90,7 @@ class Arena:
         for array, size in zip(arrays, sizes, strict=True):
             room = slab[0][slab[1] : slab[1] + array.nbytes]
             copies.append(room.view(array.dtype).reshape(array.shape))
-            copies[-1][...] = array
+            copy_rows(array.reshape(len(array), -1), copies[-1].reshape(len(array), -1))
             slab[1] += size
         return copies
 
@@ -105,3 +108,11 @@ class Arena:
 
     def _taken(self):
         return sum(len(memory) for memory, _ in self.slabs)
+
+
+@parallel_kernel
+def copy_rows(rows, copies):
+    # rows, copies (n, m): all threads, as one alone is far from what memory can do
+    for i in prange(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            copies[i, j] = rows[i, j]
