@@ -5,6 +5,7 @@ import pytest
 
 from rso_numba import datasets, models, rso
 from rso_numba.evaluators import DeltaForward, FullForward, evaluator
+from rso_numba.evaluators import delta as delta_module
 from rso_numba.kernels import changes, cpu, products, softmax
 from rso_numba.kernels.tails import no_tail
 from rso_numba.layers import BatchNorm, Conv2D, Dense, Flatten, MaxPool, ReLU, Standardize
@@ -87,6 +88,13 @@ def test_a_whole_round_decides_alike(name, hold, preset, rng):
         if isinstance(full, BatchNorm):
             np.testing.assert_allclose(delta.running_mean, full.running_mean, rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose(delta.running_variance, full.running_variance, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["two_conv", "paper_mnist", "two dense, 1x1, late BatchNorm"])
+def test_what_is_far_behind_is_computed_anew(name, monkeypatch, rng):
+    monkeypatch.setattr(delta_module, "MANY_CHANNELS", 0)
+    monkeypatch.setattr(delta_module, "MANY", 0)
+    test_a_whole_round_decides_alike(name, "weight", "notebook", rng)
 
 
 @pytest.mark.parametrize("name", ["one_conv", "two_conv", "paper_mnist"])

@@ -16,12 +16,13 @@ import numpy as np
 
 from ..kernels import changes, cpu
 from ..kernels.lanes import LANES
-from ..kernels.memory import Arena
+from ..kernels.memory import Arena, copy
 from ..kernels.tails import no_tail
 from ..layers import Dense
 from .stages import cut, forward, new_pass
 
 MANY = 100  # weights in a stage: with fewer, only a batch that came back once is expected again
+MANY_CHANNELS = 3  # each costs a convolution about a third of its time, to read and write all its output
 BIAS, NO_TAP = -1, -2  # instead of an input channel: gamma and beta change a channel, but not z
 
 
@@ -200,7 +201,7 @@ class DeltaForward:
         """Return the losses in any other stage."""
         where, n = np.array([self._where(parameter, index)]), len(batch.labels)
         channel = where[0, 0]
-        if batch.z is None:
+        if batch.z is None or self._is_far_behind(batch):
             self._compute(batch)
         self._catch_up(batch)
         if batch.loss is None:
@@ -235,21 +236,28 @@ class DeltaForward:
     def _compute(self, batch):
         """Compute a mini-batch up to z_next, and keep it if there is room."""
         run, stage, following = new_pass(len(batch.labels)), *self.stages[self.d : self.d + 2]
-        batch.x = self._input(batch, run)
-        batch.z, statistics = stage.mix(batch.x, None, run.n_images)
-        a, batch.tail = stage.leave(batch.z, statistics, run)
-        if stage.apart:
-            batch.a = a
+        if batch.x is None:
+            batch.x = self._input(batch, run)
+        z, statistics = stage.mix(batch.x, None, run.n_images)
+        a, batch.tail = stage.leave(z, statistics, run)
         batch.z_next, batch.next_statistics = following.mix(a, batch.tail, run.n_images)
-        batch.statistics, batch.loss, batch.applied = run.statistics, None, self.log_length
-        self._hold(batch, stage)
+        batch.statistics.update(run.statistics)
+        batch.loss, batch.applied = None, self.log_length
+        if batch.is_held:
+            copy(z, batch.z)
+            if stage.apart:
+                copy(a, batch.a)
+        else:
+            batch.z, batch.a = z, a if stage.apart else None
+            self._hold(batch, stage)
 
     def _hold(self, batch, stage):
         """Keep a mini-batch until it comes back, if that is likely and there is room."""
         if self.key is None or (batch.visits == 1 and stage.mixing.weight.size <= MANY):
             return
-        names = [name for name in ("x", "z", "a", "z_next") if getattr(batch, name) is not None]
-        copies = self.arena.hold([getattr(batch, name) for name in names])
+        names = [name for name in ("x", "z", "a") if getattr(batch, name) is not None]
+        beside = 0 if batch.z_next is None else batch.z_next.nbytes  # it will be replaced, not written to
+        copies = self.arena.hold([getattr(batch, name) for name in names], beside)
         if copies is not None:
             batch.is_held = True
             for name, copy in zip(names, copies, strict=True):
@@ -262,6 +270,11 @@ class DeltaForward:
                 if layer.name in batch.statistics:
                     layer.follow(*batch.statistics[layer.name], self.momentum)
         self.is_new = False
+
+    def _is_far_behind(self, batch):
+        """Return whether so many channels have changed that it is less work to compute z_next anew."""
+        changed = np.unique(self.log_where[batch.applied : self.log_length, 0])
+        return len(changed) > MANY_CHANNELS and not isinstance(self.stages[self.d + 1].mixing, Dense)
 
     def _catch_up(self, batch):
         """Bring a mini-batch up to date with the changes of weights that it has missed."""

@@ -73,46 +73,57 @@ class Arena:
     SLAB = 2**26
 
     def __init__(self, size):
-        self.size, self.slabs = size, []  # [memory, bytes in use]
+        self.size, self.slabs, self.beside = size, [], 0  # a slab is [memory, bytes in use]
 
     def forget(self):
         """Let all that is held be overwritten. Nobody may look at it any more."""
+        self.beside = 0
         for slab in self.slabs:
             slab[1] = 0
 
-    def hold(self, arrays):
-        """Return copies of arrays, or None if there is no room for all of them."""
+    def hold(self, arrays, beside=0):
+        """Return copies of arrays, or None if there is no room for all of them.
+
+        As many bytes as `beside` says are held elsewhere as long, and count too.
+        """
         sizes = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
+        self.beside += beside
         slab = self._slab_with(sum(sizes))
         if slab is None:
+            self.beside -= beside
             return None
         copies = []
         for array, size in zip(arrays, sizes, strict=True):
             room = slab[0][slab[1] : slab[1] + array.nbytes]
             copies.append(room.view(array.dtype).reshape(array.shape))
-            copy_rows(array.reshape(len(array), -1), copies[-1].reshape(len(array), -1))
+            copy(array, copies[-1])
             slab[1] += size
         return copies
 
     def _slab_with(self, size):
-        for slab in self.slabs:
-            if slab[1] + size <= len(slab[0]):
-                return slab
-        fresh = max(size, min(self.SLAB, int(self.size)))
+        fitting = [slab for slab in self.slabs if slab[1] + size <= len(slab[0])]
+        fresh = 0 if fitting else max(size, min(self.SLAB, int(self.size)))
         if self._taken() + fresh > self.size:  # what is too small for this stage was large enough for another
-            self.slabs = [slab for slab in self.slabs if slab[1]]
+            self.slabs = [slab for slab in self.slabs if slab[1] or any(slab is f for f in fitting[:1])]
         if self._taken() + fresh > self.size:
             return None
+        if fitting:
+            return fitting[0]
         self.slabs.append([_aligned(fresh), 0])
         return self.slabs[-1]
 
     def _taken(self):
-        return sum(len(memory) for memory, _ in self.slabs)
+        return sum(len(memory) for memory, _ in self.slabs) + self.beside
+
+
+def copy(source, target):
+    """Copy an array into another of the same shape, by all threads: one is far from what memory can do."""
+    copy_rows(source.reshape(len(source), -1), target.reshape(len(target), -1))
 
 
 @parallel_kernel
 def copy_rows(rows, copies):
-    # rows, copies (n, m): all threads, as one alone is far from what memory can do
+    # rows, copies (n, m)
     for i in prange(rows.shape[0]):
         for j in range(rows.shape[1]):
             copies[i, j] = rows[i, j]
