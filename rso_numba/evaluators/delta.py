@@ -19,7 +19,7 @@ from ..kernels.lanes import LANES
 from ..kernels.memory import Arena, copy
 from ..kernels.tails import no_tail
 from ..layers import Dense
-from .stages import cut, forward, new_pass
+from .stages import cut, forward, new_pass, onward
 
 MANY = 100  # weights in a stage: with fewer, only a batch that came back once is expected again
 MANY_CHANNELS = 3  # each costs a convolution about a third of its time, to read and write all its output
@@ -260,8 +260,8 @@ class DeltaForward:
         copies = self.arena.hold([getattr(batch, name) for name in names], beside)
         if copies is not None:
             batch.is_held = True
-            for name, copy in zip(names, copies, strict=True):
-                setattr(batch, name, copy)
+            for name, array in zip(names, copies, strict=True):
+                setattr(batch, name, array)
 
     def _follow(self, batch):
         """Let the running averages follow the statistics of a new mini-batch."""
@@ -334,10 +334,7 @@ class DeltaForward:
     def _finish(self, z_next, statistics, n_images):
         """Return the loss from the output of the next stage's mixing layer, and the statistics behind it."""
         run = new_pass(n_images)
-        z, stages = z_next, self.stages[self.d + 1 :]
-        for stage, following in zip(stages, stages[1:], strict=False):
-            z, tail = stage.leave(z, statistics, run)
-            z, statistics = following.mix(z, tail, n_images)
+        z, _ = onward(self.stages[self.d + 1 :], z_next, statistics, run)
         return cpu.mean_loss(z.reshape(len(z), -1, LANES), self.batch.labels), run.statistics
 
 

@@ -6,6 +6,7 @@ sequence runs layer by layer.
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -113,11 +114,14 @@ def cut(network):
 
 def forward(stages, z, tail, run):
     """Return the output of the last stage's mixing layer, and its statistics (see `Stage.mix`)."""
-    statistics = None
-    for before, stage in zip([None, *stages], stages, strict=False):
-        if before:
-            z, tail = before.leave(z, statistics, run)
-        z, statistics = stage.mix(z, tail, run.n_images)
+    return onward(stages, *stages[0].mix(z, tail, run.n_images), run)
+
+
+def onward(stages, z, statistics, run):
+    """Return the same from the output of the first stage's mixing layer."""
+    for stage, following in pairwise(stages):
+        z, tail = stage.leave(z, statistics, run)
+        z, statistics = following.mix(z, tail, run.n_images)
     return z, statistics
 
 

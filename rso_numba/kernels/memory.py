@@ -101,16 +101,16 @@ class Arena:
         return copies
 
     def _slab_with(self, size):
-        fitting = [slab for slab in self.slabs if slab[1] + size <= len(slab[0])]
+        fitting = next((slab for slab in self.slabs if slab[1] + size <= len(slab[0])), None)
         fresh = 0 if fitting else max(size, min(self.SLAB, int(self.size)))
         if self._taken() + fresh > self.size:  # what is too small for this stage was large enough for another
-            self.slabs = [slab for slab in self.slabs if slab[1] or any(slab is f for f in fitting[:1])]
+            self.slabs = [slab for slab in self.slabs if slab[1] or slab is fitting]
         if self._taken() + fresh > self.size:
             return None
-        if fitting:
-            return fitting[0]
-        self.slabs.append([_aligned(fresh), 0])
-        return self.slabs[-1]
+        if fitting is None:
+            fitting = [_aligned(fresh), 0]
+            self.slabs.append(fitting)
+        return fitting
 
     def _taken(self):
         return sum(len(memory) for memory, _ in self.slabs) + self.beside
