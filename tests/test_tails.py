@@ -48,11 +48,31 @@ def test_convolution_of_a_tail(shape, pool, n_filters, strip, rng, monkeypatch):
     expected = cpu.conv2d_forward(one_by_one(x, tail), weight, bias)
     found, (mean, variance) = cpu.conv2d_stage(x, tail, weight, bias, n)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-    for a, b in zip((mean, variance), cpu.batchnorm_statistics(expected, n), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    y = cpu.unpack(found, n).astype(np.float64)
+    np.testing.assert_allclose(mean, y.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(variance, y.var((0, 2, 3)), rtol=1e-5)
     start = cpu.pack(rng.standard_normal((n, *found.shape[1:4]), np.float32))
     added, _ = cpu.conv2d_stage(x, tail, weight, bias, None, start)
     np.testing.assert_allclose(added, start + expected - bias[:, None, None, None], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n, height", [(16, 28), (3, 5)])
+def test_statistics_far_from_zero_and_from_the_first_pixels(n, height, rng):
+    x = cpu.pack(rng.standard_normal((n, 1, height, 11), np.float32) / 100 + 1)
+    weight, bias = np.full((5, 1, 3, 3), 0.1, np.float32), np.full(5, 30, np.float32)
+    found, (mean, variance) = cpu.conv2d_stage(x, tails.no_tail(x), weight, bias, n)
+    y = cpu.unpack(found, n).astype(np.float64)
+    np.testing.assert_allclose(mean, y.mean((0, 2, 3)), rtol=1e-7)
+    np.testing.assert_allclose(variance, y.var((0, 2, 3)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("streamed", [0, 2**40])
+def test_what_is_streamed_is_the_same(streamed, rng, monkeypatch):
+    x, bias = cpu.pack(rng.standard_normal((50, 3, 6, 6), np.float32)), np.zeros(5, np.float32)
+    weight = rng.standard_normal((5, 3, 3, 3), np.float32)
+    expected = cpu.conv2d_forward(x, weight, bias)
+    monkeypatch.setattr(cpu, "STREAMED", streamed)
+    np.testing.assert_array_equal(cpu.conv2d_forward(x, weight, bias), expected)
 
 
 @shapes

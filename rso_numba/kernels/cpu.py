@@ -39,11 +39,19 @@ from .pools import (
     maxpool_blocks,
     maxpool_gradient_blocks,
 )
-from .products import conv2d_blocks, conv2d_weight_blocks, dense_blocks, dense_weight_blocks, padded_scratch
+from .products import (
+    conv2d_blocks,
+    conv2d_weight_blocks,
+    dense_blocks,
+    dense_weight_blocks,
+    padded_scratch,
+    side_by_side,
+)
 from .softmax import cross_entropy_blocks, cross_entropy_gradient_blocks, loss_blocks
 from .tails import enter, no_tail, pooled_shape
 
 ZERO = np.float32(0)
+STREAMED = 2**23  # bytes: larger outputs of a convolution are written past the caches
 
 relu = formula(formulas.relu)
 relu_gradient = formula(formulas.relu_gradient)
@@ -127,14 +135,15 @@ def conv2d_stage(z, tail, weight, bias, n_images, start=None, stride=1):
     With `start` it is added to that, instead of the bias. `stride` 2 is for filters that an average pool was
     merged into.
     """
-    n_channels, height, width = pooled_shape(z.shape[1:4], tail.pool)
-    y = empty((len(z), len(weight), height // stride, width // stride, LANES), z.dtype)
-    sums = np.empty((2, 0 if n_images is None else len(z), len(weight)))
-    padded = padded_scratch((n_channels, height, width), weight.shape[2], stride, z.dtype)
-    started = start is not None
-    start = start if started else y
-    conv2d_blocks(z, tail, weight, bias, start, started, stride, n_images or 0, y, sums, padded)
-    return y, None if n_images is None else mean_and_variance(sums, n_images, y)
+    shape = pooled_shape(z.shape[1:4], tail.pool)
+    y = empty((len(z), len(weight), shape[1] // stride, shape[2] // stride, LANES), z.dtype)
+    statistics = np.empty((2, 0 if n_images is None else len(z), len(weight)))
+    filters, started, streamed = side_by_side(weight, bias), start is not None, y.nbytes > STREAMED
+    padded = padded_scratch(shape, weight.shape[2], stride, z.dtype)
+    sums = empty((get_num_threads(), len(filters.bias), 3, LANES), z.dtype)
+    conv2d_blocks(z, tail, filters, start if started else y, started, stride, streamed, n_images or 0,
+                  y, statistics, padded, sums)
+    return y, None if n_images is None else mean_and_variance(statistics, n_images, y)
 
 
 def apply_tail(z, tail):

@@ -71,6 +71,49 @@ def store(typing_context, array, position, value):
 
 
 @intrinsic
+def stream(typing_context, array, position, value):
+    """Write array[position] = value past the caches: for what nobody reads soon, at multiples of 64 bytes.
+
+    An ordinary write to memory that is not in the cache reads it first. `settle` must follow.
+    """
+
+    def generate(context, builder, signature, arguments):
+        pointer = _pointer(context, builder, signature.args[0], *arguments[:2])
+        write = builder.store(arguments[2], pointer, align=64)
+        write.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    return types.void(array, position, value), generate
+
+
+@intrinsic
+def settle(typing_context):
+    """Wait until what this thread has streamed can be seen by others."""
+
+    def generate(context, builder, signature, arguments):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def fetch(typing_context, array, position):
+    """Ask for the LANES numbers array[position], so that they are in the cache when they are loaded."""
+
+    def generate(context, builder, signature, arguments):
+        integer, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        pointer = builder.bitcast(_pointer(context, builder, signature.args[0], *arguments), byte)
+        kind = ir.FunctionType(ir.VoidType(), [byte, integer, integer, integer])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        to_read, into_second_level, data = (ir.Constant(integer, i) for i in (0, 2, 1))
+        builder.call(prefetch, [pointer, to_read, into_second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(array, position), generate
+
+
+@intrinsic
 def fill(typing_context, number):
     """Return LANES copies of a number."""
 
@@ -92,6 +135,16 @@ def multiply_add(typing_context, a, x, total):
         return builder.fadd(product, total_value, flags=("contract",))
 
     return total(a, x, total), generate
+
+
+@intrinsic
+def add(typing_context, a, b):
+    """Return a + b, two Lanes."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.fadd(*arguments, flags=("contract",))
+
+    return a(a, b), generate
 
 
 @intrinsic
@@ -131,6 +184,14 @@ if numba.config.DISABLE_JIT:  # the same in plain Python, on arrays of LANES num
         """Write array[position] = value, LANES numbers."""
         array[position] = value
 
+    stream = store
+
+    def settle():  # noqa: F811
+        """Nothing is streamed."""
+
+    def fetch(array, position):  # noqa: F811
+        """There is no need to ask."""
+
     def fill(number):  # noqa: F811
         """Return LANES copies of a number."""
         return np.full(LANES, number)
@@ -138,6 +199,10 @@ if numba.config.DISABLE_JIT:  # the same in plain Python, on arrays of LANES num
     def multiply_add(a, x, total):  # noqa: F811
         """Return a * x + total."""
         return a * x + total
+
+    def add(a, b):  # noqa: F811
+        """Return a + b."""
+        return a + b
 
     def larger(a, b):  # noqa: F811
         """Return the larger of two Lanes, number by number."""

@@ -8,7 +8,7 @@ from numba import prange
 
 from . import formulas
 from .compiling import formula, kernel, parallel_kernel
-from .lanes import LANES, add_up, fill, load, multiply_add
+from .lanes import LANES, add, add_up, fill, load, multiply_add, store
 
 ZERO = np.float32(0)
 
@@ -36,14 +36,58 @@ def block_statistics(x, n_lanes):
 
 
 @kernel
+def real_lanes(x, n_lanes):
+    # 1 in the first n_lanes lanes, which hold images, and 0 in the others, in the type of x
+    lanes = np.empty(LANES, x.dtype)
+    for lane in range(LANES):
+        lanes[lane] = 1 if lane < n_lanes else 0
+    return load(lanes, ())
+
+
+@formula
+def count_pixels(sums, c, pixels, is_real, n_lanes, v0, v1, v2, v3):
+    """Count four pixels of channel c of a block in sums (C, 3, LANES); those that repeat the last count 0.
+
+    sums holds minus the center, and the sums of value - center and of its square. The center is the mean of
+    the first four pixels: as good as the mean, unless they differ from it by many standard deviations.
+    """
+    none = fill(sums.dtype.type(0))
+    real1 = is_real if pixels[1] > pixels[0] else none
+    real2 = is_real if pixels[2] > pixels[1] else none
+    real3 = is_real if pixels[3] > pixels[2] else none
+    if pixels[0] == 0:
+        total = multiply_add(is_real, v0, multiply_add(real1, v1, none))
+        total = multiply_add(real2, v2, multiply_add(real3, v3, total))
+        store(sums, (c, 0), fill(sums.dtype.type(-add_up(total) / (n_lanes * (pixels[3] + 1)))))
+        store(sums, (c, 1), none)
+        store(sums, (c, 2), none)
+    center, total, squares = load(sums, (c, 0)), load(sums, (c, 1)), load(sums, (c, 2))
+    v0, v1 = multiply_add(is_real, add(v0, center), none), multiply_add(real1, add(v1, center), none)
+    v2, v3 = multiply_add(real2, add(v2, center), none), multiply_add(real3, add(v3, center), none)
+    store(sums, (c, 1), add(add(v0, v1), add(add(v2, v3), total)))
+    squares = multiply_add(v0, v0, multiply_add(v1, v1, squares))
+    store(sums, (c, 2), multiply_add(v2, v2, multiply_add(v3, v3, squares)))
+
+
+@kernel
+def around_mean(sums, count):
+    # sums (3, LANES) of a block of `count` numbers, as above -> sum, and sum of squares around the mean
+    total, squares = 0.0, 0.0
+    for lane in range(LANES):
+        total += sums[1, lane]
+        squares += sums[2, lane]
+    return total - count * np.float64(sums[0, 0]), max(squares - total * total / count, 0.0)
+
+
+@kernel
 def deviations(x, center, squared):
     # x (n_pixels, LANES) -> sum of x - center or of its square: 32 pixels in the type of x, then in float64
     result = 0.0
     for first in range(0, x.shape[0], 32):
         total = fill(x.dtype.type(0))
         for p in range(first, min(first + 32, x.shape[0])):
-            deviation = multiply_add(x.dtype.type(1), load(x, (p,)), fill(-center))
-            total = multiply_add(deviation, deviation if squared else fill(x.dtype.type(1)), total)
+            deviation = add(load(x, (p,)), fill(-center))
+            total = multiply_add(deviation, deviation, total) if squared else add(deviation, total)
         result += add_up(total)
     return result
 
@@ -73,18 +117,14 @@ def product_blocks(x, dy, mean, inverse_std, n_images, sums):
 def moment_block(z, u, mean, n_lanes):
     # z, u (H, W, LANES) -> sums of u, (z - mean) u and u u over the first n_lanes lanes (or all): row by row
     # in the type of u, then in float64
-    zero, one = u.dtype.type(0), u.dtype.type(1)
-    lanes = np.empty(LANES, u.dtype)
-    for lane in range(LANES):
-        lanes[lane] = one if lane < n_lanes else zero
-    is_real = load(lanes, ())
+    zero, is_real = u.dtype.type(0), real_lanes(u, n_lanes)
     total_u = total_zu = total_uu = 0.0
     for h in range(u.shape[0]):
         row_u = row_zu = row_uu = fill(zero)
         for w in range(u.shape[1]):
             value = multiply_add(is_real, load(u, (h, w)), fill(zero))
-            row_u = multiply_add(one, value, row_u)
-            row_zu = multiply_add(multiply_add(one, load(z, (h, w)), fill(-mean)), value, row_zu)
+            row_u = add(value, row_u)
+            row_zu = multiply_add(add(load(z, (h, w)), fill(-mean)), value, row_zu)
             row_uu = multiply_add(value, value, row_uu)
         total_u += add_up(row_u)
         total_zu += add_up(row_zu)

@@ -3,18 +3,24 @@
 They work on packed images, (n_blocks, ..., LANES), as drawn in `cpu.py`. What makes them fast is a *tile*:
 a few outputs whose sums stay in registers until they are complete, so that each number fetched from memory
 serves several multiplications. A tile that hangs over the edge computes its last channel or pixel repeatedly.
+While a thread computes a block it asks for the next one, which is in the cache by the time it is needed.
 """
+
+from collections import namedtuple
 
 import numpy as np
 from numba import get_num_threads, get_thread_id, prange
 
 from .compiling import formula, kernel, parallel_kernel
-from .lanes import LANES, add_up, fill, load, multiply_add, store
+from .lanes import LANES, add_up, fetch, fill, load, multiply_add, settle, store, stream
 from .memory import empty
-from .norms import block_statistics
+from .norms import around_mean, count_pixels, real_lanes
 from .tails import enter
 
-STRIP = 2**17  # bytes of padded input that one thread works on at once: a part of its cache
+TILE = 4  # output channels, and pixels, of a tile of the convolution
+STRIP = 2**18  # bytes of padded input that one thread works on at once: a part of its second-level cache
+
+Filters = namedtuple("Filters", "weight bias")
 
 
 def padded_scratch(shape, size, stride, dtype, strips=True):
@@ -34,96 +40,146 @@ def padded_scratch(shape, size, stride, dtype, strips=True):
     return empty((get_num_threads(), n_channels, n_rows, width, LANES), dtype)
 
 
+def side_by_side(weight, bias):
+    """Return weight (C_out, C_in, k, k) and bias (C_out,) as Filters, (C_in, k, k, C) and (C,).
+
+    The output channels that a tile needs are neighbours; copies of the last one make the last tile whole.
+    """
+    missing = -len(weight) % TILE
+    weight = np.pad(weight.transpose(1, 2, 3, 0), ((0, 0), (0, 0), (0, 0), (0, missing)), mode="edge")
+    return Filters(weight, np.pad(bias, (0, missing), mode="edge"))
+
+
 @parallel_kernel
-def conv2d_blocks(z, tail, weight, bias, start, started, stride, n_images, y, statistics, padded):
+def conv2d_blocks(z, tail, filters, start, started, stride, streamed, n_images, y, statistics, padded, sums):
     # z (n_blocks, C_in, H, W, LANES), which the tail makes (n_blocks, C_in, h, w, LANES) of
-    # weight (C_out, C_in, k, k), bias (C_out,), padded (n_threads, C_in, rows, columns, LANES)
-    # y, start (n_blocks, C_out, h / stride, w / stride, LANES): `started` says to begin with start, not bias
+    # filters: weight (C_in, k, k, C), bias (C,), with C_out rounded up to C
+    # y, start (n_blocks, C_out, h / stride, w / stride, LANES): `started` says to begin with start, not bias,
+    # `streamed` to write y past the caches
     # statistics (2, n_blocks, C_out), or of no blocks if nobody asks: see `norms.py`
+    # padded (n_threads, C_in, rows, columns, LANES), sums (n_threads, C, 3, LANES)
     for b in prange(z.shape[0]):
-        conv2d_block(z[b], tail, weight, bias, start[b], started, stride, y[b], padded[get_thread_id()])
-        if statistics.shape[1] > 0:
+        mine, ahead, is_counted = get_thread_id(), min(b + 1, z.shape[0] - 1), statistics.shape[1] > 0
+        n_lanes = min(n_images - b * LANES, LANES) if is_counted else 0
+        conv2d_block(z[b], z[ahead], tail, filters, start[b], start[ahead], started, stride, streamed,
+                     n_lanes, y[b], padded[mine], sums[mine])
+        if is_counted:
+            count = y.shape[2] * y.shape[3] * n_lanes
             for o in range(y.shape[1]):
-                statistics[0, b, o], statistics[1, b, o] = block_statistics(y[b, o], n_images - b * LANES)
+                statistics[0, b, o], statistics[1, b, o] = around_mean(sums[mine, o], count)
 
 
 @kernel
-def conv2d_block(z, tail, weight, bias, start, started, stride, y, padded):
-    # z (C_in, H, W, LANES), weight (C_out, C_in, k, k), bias (C_out,), padded (C_in, rows, columns, LANES)
-    # y, start (C_out, h / stride, w / stride, LANES), strip by strip
-    size = weight.shape[2]
+def conv2d_block(z, z_ahead, tail, filters, start, start_ahead, started, stride, streamed,
+                 n_lanes, y, padded, sums):
+    # one block of the arrays above, and of z and start what the thread will read next; n_lanes are those that
+    # hold images, 0 if nothing is counted
+    size, width, columns = filters.weight.shape[1], y.shape[2], padded.shape[2]
     margin = (size - 1) // 2  # also of 4x4 filters, which an average pool was merged into
     n_rows = (padded.shape[1] - size) // stride + 1
-    for first in range(0, y.shape[1], n_rows):
+    is_real, n_tiles = real_lanes(y, n_lanes), sums.shape[0] // TILE
+    x = padded.reshape(padded.shape[0], -1, LANES)
+    out, begin = y.reshape(y.shape[0], -1, LANES), start.reshape(y.shape[0], -1, LANES)
+    for first in range(0, y.shape[1], n_rows):  # strip by strip
         enter(z, tail, stride * first - margin, margin, padded)
-        n_pixels = min(n_rows, y.shape[1] - first) * y.shape[2]
-        flat, columns = padded.reshape(padded.shape[0], -1, LANES), padded.shape[2]
-        for o in range(0, y.shape[0], 4):
-            for p in range(0, n_pixels, 4):
-                conv2d_tile(flat, columns, weight, bias, start, started, y, o, first, p, n_pixels, stride)
+        end = min(first + n_rows, y.shape[1]) * width
+        for p in range(first * width, end, TILE):
+            pixels = p, min(p + 1, end - 1), min(p + 2, end - 1), min(p + 3, end - 1)
+            at = (inside(pixels[0], first, width, stride, columns),
+                  inside(pixels[1], first, width, stride, columns),
+                  inside(pixels[2], first, width, stride, columns),
+                  inside(pixels[3], first, width, stride, columns))
+            for tile in range(n_tiles):
+                part, n_parts = p * n_tiles + TILE * tile, out.shape[1] * n_tiles
+                fetch_part(z_ahead, part, part + TILE, n_parts)
+                if started:
+                    fetch_part(start_ahead, part, part + TILE, n_parts)
+                conv2d_tile(x, at, columns, filters, begin, started, TILE * tile, pixels, streamed,
+                            out, is_real, n_lanes, sums)
+    settle()
 
 
-@kernel
-def conv2d_tile(padded, columns, weight, bias, start, started, y, o, first, p, n_pixels, stride):
-    # padded (C_in, rows * columns, LANES), weight (C_out, C_in, k, k)
-    # y, start (C_out, h / stride, w / stride, LANES)
-    # Output channels o to o + 3 of pixels p to p + 3 from row `first` on: 16 sums, so that 4 pixels and 4
-    # weights fetched from memory serve 16 multiplications.
-    o1, o2, o3 = min(o + 1, y.shape[0] - 1), min(o + 2, y.shape[0] - 1), min(o + 3, y.shape[0] - 1)
-    width = y.shape[2]
-    h0, w0 = divmod(p, width)
-    h1, w1 = divmod(min(p + 1, n_pixels - 1), width)
-    h2, w2 = divmod(min(p + 2, n_pixels - 1), width)
-    h3, w3 = divmod(min(p + 3, n_pixels - 1), width)
-    at = (first + h0, w0), (first + h1, w1), (first + h2, w2), (first + h3, w3)
+@formula
+def inside(p, first, width, stride, columns):
+    """Return where the filter for output pixel p begins in the strip from row `first` on, flat."""
+    h, w = divmod(p, width)
+    return stride * ((h - first) * columns + w)
+
+
+@formula
+def fetch_part(x, begin, end, whole):
+    """Ask for as large a part of x (C, h, w, LANES) as begin to end is of `whole`."""
+    lines = x.reshape(-1, LANES)
+    for i in range(begin * len(lines) // whole, min(end * len(lines) // whole, len(lines))):
+        fetch(lines, (i,))
+
+
+@formula
+def conv2d_tile(x, at, columns, filters, start, started, o, pixels, streamed, y, is_real, n_lanes, sums):
+    """Compute output channels o to o + 3 of four pixels.
+
+    These are 16 sums, so that 4 pixels and 4 weights fetched from memory serve 16 multiplications.
+    """
+    # x (C_in, rows * columns, LANES), start, y (C_out, n_pixels, LANES), sums (C, 3, LANES)
+    weight, bias, last = filters.weight, filters.bias, y.shape[0] - 1
+    o1, o2, o3 = min(o + 1, last), min(o + 2, last), min(o + 3, last)
     a0 = a1 = a2 = a3 = fill(bias[o])
-    b0 = b1 = b2 = b3 = fill(bias[o1])
-    c0 = c1 = c2 = c3 = fill(bias[o2])
-    d0 = d1 = d2 = d3 = fill(bias[o3])
+    b0 = b1 = b2 = b3 = fill(bias[o + 1])
+    c0 = c1 = c2 = c3 = fill(bias[o + 2])
+    d0 = d1 = d2 = d3 = fill(bias[o + 3])
     if started:
-        a0, a1, a2, a3 = load_pixels(start, o, at)
-        b0, b1, b2, b3 = load_pixels(start, o1, at)
-        c0, c1, c2, c3 = load_pixels(start, o2, at)
-        d0, d1, d2, d3 = load_pixels(start, o3, at)
-    q0, q1 = stride * (h0 * columns + w0), stride * (h1 * columns + w1)
-    q2, q3 = stride * (h2 * columns + w2), stride * (h3 * columns + w3)
-    for i in range(weight.shape[1]):
-        for kh in range(weight.shape[2]):
-            for kw in range(weight.shape[3]):
+        a0, a1, a2, a3 = load_pixels(start, o, pixels)
+        b0, b1, b2, b3 = load_pixels(start, o1, pixels)
+        c0, c1, c2, c3 = load_pixels(start, o2, pixels)
+        d0, d1, d2, d3 = load_pixels(start, o3, pixels)
+    for i in range(weight.shape[0]):
+        for kh in range(weight.shape[1]):
+            for kw in range(weight.shape[2]):
                 tap = kh * columns + kw
-                x0, x1 = load(padded, (i, q0 + tap)), load(padded, (i, q1 + tap))
-                x2, x3 = load(padded, (i, q2 + tap)), load(padded, (i, q3 + tap))
-                u = weight[o, i, kh, kw]
+                x0, x1 = load(x, (i, at[0] + tap)), load(x, (i, at[1] + tap))
+                x2, x3 = load(x, (i, at[2] + tap)), load(x, (i, at[3] + tap))
+                u = weight[i, kh, kw, o]
                 a0, a1 = multiply_add(u, x0, a0), multiply_add(u, x1, a1)
                 a2, a3 = multiply_add(u, x2, a2), multiply_add(u, x3, a3)
-                u = weight[o1, i, kh, kw]
+                u = weight[i, kh, kw, o + 1]
                 b0, b1 = multiply_add(u, x0, b0), multiply_add(u, x1, b1)
                 b2, b3 = multiply_add(u, x2, b2), multiply_add(u, x3, b3)
-                u = weight[o2, i, kh, kw]
+                u = weight[i, kh, kw, o + 2]
                 c0, c1 = multiply_add(u, x0, c0), multiply_add(u, x1, c1)
                 c2, c3 = multiply_add(u, x2, c2), multiply_add(u, x3, c3)
-                u = weight[o3, i, kh, kw]
+                u = weight[i, kh, kw, o + 3]
                 d0, d1 = multiply_add(u, x0, d0), multiply_add(u, x1, d1)
                 d2, d3 = multiply_add(u, x2, d2), multiply_add(u, x3, d3)
-    store_pixels(y, o, at, a0, a1, a2, a3)
-    store_pixels(y, o1, at, b0, b1, b2, b3)
-    store_pixels(y, o2, at, c0, c1, c2, c3)
-    store_pixels(y, o3, at, d0, d1, d2, d3)
+    store_pixels(y, o, pixels, streamed, a0, a1, a2, a3)
+    store_pixels(y, o1, pixels, streamed, b0, b1, b2, b3)
+    store_pixels(y, o2, pixels, streamed, c0, c1, c2, c3)
+    store_pixels(y, o3, pixels, streamed, d0, d1, d2, d3)
+    if n_lanes > 0:
+        count_pixels(sums, o, pixels, is_real, n_lanes, a0, a1, a2, a3)
+        count_pixels(sums, o + 1, pixels, is_real, n_lanes, b0, b1, b2, b3)
+        count_pixels(sums, o + 2, pixels, is_real, n_lanes, c0, c1, c2, c3)
+        count_pixels(sums, o + 3, pixels, is_real, n_lanes, d0, d1, d2, d3)
 
 
 @formula
-def load_pixels(y, o, at):
-    """Return four pixels of channel o; `at` are their rows and columns."""
-    return load(y, (o, *at[0])), load(y, (o, *at[1])), load(y, (o, *at[2])), load(y, (o, *at[3]))
+def load_pixels(y, o, pixels):
+    """Return four pixels of channel o."""
+    return load(y, (o, pixels[0])), load(y, (o, pixels[1])), load(y, (o, pixels[2])), load(y, (o, pixels[3]))
 
 
 @formula
-def store_pixels(y, o, at, v0, v1, v2, v3):
+def store_pixels(y, o, pixels, streamed, v0, v1, v2, v3):
     """Store four pixels of channel o."""
-    store(y, (o, *at[0]), v0)
-    store(y, (o, *at[1]), v1)
-    store(y, (o, *at[2]), v2)
-    store(y, (o, *at[3]), v3)
+    if streamed:
+        stream(y, (o, pixels[0]), v0)
+        stream(y, (o, pixels[1]), v1)
+        stream(y, (o, pixels[2]), v2)
+        stream(y, (o, pixels[3]), v3)
+    else:
+        store(y, (o, pixels[0]), v0)
+        store(y, (o, pixels[1]), v1)
+        store(y, (o, pixels[2]), v2)
+        store(y, (o, pixels[3]), v3)
 
 
 @parallel_kernel

@@ -10,7 +10,7 @@ from collections import namedtuple
 import numpy as np
 
 from .compiling import kernel
-from .lanes import fill, larger, load, multiply_add, store
+from .lanes import add, fill, larger, load, multiply_add, store
 
 KEEP, MAX, MEAN, GLOBAL_MAX, GLOBAL_MEAN = range(5)  # how a Tail pools; MAX and MEAN take windows of 2x2
 
@@ -83,6 +83,6 @@ def tail_row(z, c, tail, h, width, y, row, start):
             for i in range(size * h, min(size * h + size, z.shape[1])):
                 for j in range(size * w, min(size * w + size, z.shape[2])):
                     value = multiply_add(scale, load(z, (c, i, j)), shift)
-                    total = multiply_add(z.dtype.type(1), larger(zero, value) if relu else value, total)
+                    total = add(larger(zero, value) if relu else value, total)
                     n += 1
             store(y, (c, row, start + w), multiply_add(z.dtype.type(1) / z.dtype.type(n), total, zero))
