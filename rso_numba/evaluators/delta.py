@@ -166,7 +166,7 @@ class DeltaForward:
         self.log_length += 1
 
     def _where(self, parameter, index):
-        """Return output channel, input channel (or BIAS, NO_TAP), row and column (relative) of a weight."""
+        """Return output channel, input channel (or BIAS, NO_TAP), row and column of a weight."""
         if parameter.name in ("gamma", "beta"):  # a Flatten before the BatchNorm makes many of one channel
             n_channels = len(self.stages[self.d].mixing.weight)
             return index[0] * n_channels // len(parameter.value), NO_TAP, 0, 0
@@ -174,8 +174,7 @@ class DeltaForward:
             return index[0], BIAS, 0, 0
         if parameter.value.ndim == 2:
             return *index, 0, 0
-        middle = parameter.value.shape[2] // 2
-        return index[0], index[1], index[2] - middle, index[3] - middle
+        return index
 
     def _last_losses(self, batch, parameter, index, steps):
         """Return the losses in the last stage, where z are the logits."""
@@ -302,7 +301,8 @@ class DeltaForward:
         """Return u, what weights of an output channel add to it, and its moments if a BatchNorm is next."""
         stage, taps = self.stages[self.d], where[:, 1] != NO_TAP
         mean = float(batch.statistics[stage.norm.name][0][channel]) if stage.norm else None
-        return changes.change_of_channel(batch.x, where[taps, 1:], amounts[taps], stage.step,
+        size = 1 if isinstance(stage.mixing, Dense) else stage.mixing.size
+        return changes.change_of_channel(batch.x, where[taps, 1:], amounts[taps], size, stage.step,
                                          batch.z, channel, mean, len(batch.labels))
 
     def _change(self, batch, channel, u, moments, amount):

@@ -45,25 +45,23 @@ def real_lanes(x, n_lanes):
 
 
 @formula
-def count_pixels(sums, c, pixels, is_real, n_lanes, v0, v1, v2, v3):
-    """Count four pixels of channel c of a block in sums (C, 3, LANES); those that repeat the last count 0.
+def count_pixels(sums, c, is_first, counts, v0, v1, v2, v3):
+    """Count four pixels of channel c of a block in sums (C, 3, LANES); `counts` are 1 or 0 for each of them.
 
     sums holds minus the center, and the sums of value - center and of its square. The center is the mean of
     the first four pixels: as good as the mean, unless they differ from it by many standard deviations.
     """
     none = fill(sums.dtype.type(0))
-    real1 = is_real if pixels[1] > pixels[0] else none
-    real2 = is_real if pixels[2] > pixels[1] else none
-    real3 = is_real if pixels[3] > pixels[2] else none
-    if pixels[0] == 0:
-        total = multiply_add(is_real, v0, multiply_add(real1, v1, none))
-        total = multiply_add(real2, v2, multiply_add(real3, v3, total))
-        store(sums, (c, 0), fill(sums.dtype.type(-add_up(total) / (n_lanes * (pixels[3] + 1)))))
+    if is_first:
+        total = multiply_add(counts[0], v0, multiply_add(counts[1], v1, none))
+        total = multiply_add(counts[2], v2, multiply_add(counts[3], v3, total))
+        n = add_up(add(add(counts[0], counts[1]), add(counts[2], counts[3])))
+        store(sums, (c, 0), fill(-add_up(total) / n))
         store(sums, (c, 1), none)
         store(sums, (c, 2), none)
     center, total, squares = load(sums, (c, 0)), load(sums, (c, 1)), load(sums, (c, 2))
-    v0, v1 = multiply_add(is_real, add(v0, center), none), multiply_add(real1, add(v1, center), none)
-    v2, v3 = multiply_add(real2, add(v2, center), none), multiply_add(real3, add(v3, center), none)
+    v0, v1 = multiply_add(counts[0], add(v0, center), none), multiply_add(counts[1], add(v1, center), none)
+    v2, v3 = multiply_add(counts[2], add(v2, center), none), multiply_add(counts[3], add(v3, center), none)
     store(sums, (c, 1), add(add(v0, v1), add(add(v2, v3), total)))
     squares = multiply_add(v0, v0, multiply_add(v1, v1, squares))
     store(sums, (c, 2), multiply_add(v2, v2, multiply_add(v3, v3, squares)))

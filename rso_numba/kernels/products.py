@@ -77,9 +77,12 @@ def conv2d_block(z, z_ahead, tail, filters, start, start_ahead, started, stride,
     size, width, columns = filters.weight.shape[1], y.shape[2], padded.shape[2]
     margin = (size - 1) // 2  # also of 4x4 filters, which an average pool was merged into
     n_rows = (padded.shape[1] - size) // stride + 1
-    is_real, n_tiles = real_lanes(y, n_lanes), sums.shape[0] // TILE
-    x = padded.reshape(padded.shape[0], -1, LANES)
-    out, begin = y.reshape(y.shape[0], -1, LANES), start.reshape(y.shape[0], -1, LANES)
+    is_real, nothing, n_tiles = real_lanes(y, n_lanes), fill(y.dtype.type(0)), sums.shape[0] // TILE
+    # all as flat pixels, once for a block: a view costs as much as a tile
+    x, z_ahead = padded.reshape(padded.shape[0], -1, LANES), z_ahead.reshape(-1, LANES)
+    begin, start_ahead = start.reshape(y.shape[0], -1, LANES), start_ahead.reshape(-1, LANES)
+    out = y.reshape(y.shape[0], -1, LANES)
+    part, share = 0, len(z_ahead) // (n_tiles * max(1, out.shape[1] // TILE)) + 1
     for first in range(0, y.shape[1], n_rows):  # strip by strip
         enter(z, tail, stride * first - margin, margin, padded)
         end = min(first + n_rows, y.shape[1]) * width
@@ -89,13 +92,15 @@ def conv2d_block(z, z_ahead, tail, filters, start, start_ahead, started, stride,
                   inside(pixels[1], first, width, stride, columns),
                   inside(pixels[2], first, width, stride, columns),
                   inside(pixels[3], first, width, stride, columns))
+            counts = (is_real, is_real if p + 1 < end else nothing, is_real if p + 2 < end else nothing,
+                      is_real if p + 3 < end else nothing)
             for tile in range(n_tiles):
-                part, n_parts = p * n_tiles + TILE * tile, out.shape[1] * n_tiles
-                fetch_part(z_ahead, part, part + TILE, n_parts)
+                fetch_part(z_ahead, part, share)
                 if started:
-                    fetch_part(start_ahead, part, part + TILE, n_parts)
+                    fetch_part(start_ahead, part, TILE * TILE)
+                part += 1
                 conv2d_tile(x, at, columns, filters, begin, started, TILE * tile, pixels, streamed,
-                            out, is_real, n_lanes, sums)
+                            out, n_lanes > 0, counts, sums)
     settle()
 
 
@@ -107,15 +112,14 @@ def inside(p, first, width, stride, columns):
 
 
 @formula
-def fetch_part(x, begin, end, whole):
-    """Ask for as large a part of x (C, h, w, LANES) as begin to end is of `whole`."""
-    lines = x.reshape(-1, LANES)
-    for i in range(begin * len(lines) // whole, min(end * len(lines) // whole, len(lines))):
-        fetch(lines, (i,))
+def fetch_part(pixels, part, size):
+    """Ask for one of the parts of pixels (n, LANES), each of `size` pixels."""
+    for i in range(part * size, min(part * size + size, len(pixels))):
+        fetch(pixels, (i,))
 
 
 @formula
-def conv2d_tile(x, at, columns, filters, start, started, o, pixels, streamed, y, is_real, n_lanes, sums):
+def conv2d_tile(x, at, columns, filters, start, started, o, pixels, streamed, y, is_counted, counts, sums):
     """Compute output channels o to o + 3 of four pixels.
 
     These are 16 sums, so that 4 pixels and 4 weights fetched from memory serve 16 multiplications.
@@ -154,11 +158,11 @@ def conv2d_tile(x, at, columns, filters, start, started, o, pixels, streamed, y,
     store_pixels(y, o1, pixels, streamed, b0, b1, b2, b3)
     store_pixels(y, o2, pixels, streamed, c0, c1, c2, c3)
     store_pixels(y, o3, pixels, streamed, d0, d1, d2, d3)
-    if n_lanes > 0:
-        count_pixels(sums, o, pixels, is_real, n_lanes, a0, a1, a2, a3)
-        count_pixels(sums, o + 1, pixels, is_real, n_lanes, b0, b1, b2, b3)
-        count_pixels(sums, o + 2, pixels, is_real, n_lanes, c0, c1, c2, c3)
-        count_pixels(sums, o + 3, pixels, is_real, n_lanes, d0, d1, d2, d3)
+    if is_counted:
+        count_pixels(sums, o, pixels[0] == 0, counts, a0, a1, a2, a3)
+        count_pixels(sums, o + 1, pixels[0] == 0, counts, b0, b1, b2, b3)
+        count_pixels(sums, o + 2, pixels[0] == 0, counts, c0, c1, c2, c3)
+        count_pixels(sums, o + 3, pixels[0] == 0, counts, d0, d1, d2, d3)
 
 
 @formula
@@ -232,10 +236,11 @@ def dense_blocks(z, tail, weight, bias, start, started, y, scratch):
     # weight (n_out, n_in), bias (n_out,), scratch (n_threads, C, h, w, LANES)
     # y, start (n_blocks, n_out, LANES): `started` says to begin with `start`, not the bias
     for b in prange(z.shape[0]):
-        x = scratch[get_thread_id()]
-        enter(z[b], tail, 0, 0, x)
+        maps = scratch[get_thread_id()]
+        enter(z[b], tail, 0, 0, maps)
+        x = maps.reshape(-1, LANES)
         for o in range(0, weight.shape[0], 4):
-            dense_tile(x.reshape(-1, LANES), weight, bias, start[b], started, y[b], o)
+            dense_tile(x, weight, bias, start[b], started, y[b], o)
 
 
 @kernel

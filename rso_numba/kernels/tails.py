@@ -34,26 +34,34 @@ def pooled_shape(shape, pool):
 def enter(z, tail, first, margin, padded):
     # z (C, H, W, LANES) -> padded (C, n_rows, at least w + 2 * margin, LANES): from row `first` on what the
     # tail makes of z, (C, h, w, LANES), in zeros where there is none
+    for c in range(z.shape[0]):
+        enter_channel(z, c, tail, first, margin, padded, c)
+
+
+@kernel
+def enter_channel(z, c, tail, first, margin, padded, c_padded):
+    # The same from channel c to channel c_padded. (A view of one channel would do, but each is counted as a
+    # user of the array, and all threads count in the same place.)
     height, width = z.shape[1], z.shape[2]
     if tail.pool == MAX or tail.pool == MEAN:
         height, width = height // 2, width // 2
     elif tail.pool != KEEP:
         height, width = 1, 1
-    for c in range(z.shape[0]):
-        for i in range(padded.shape[1]):
-            for j in range(margin):
-                store(padded, (c, i, j), fill(padded.dtype.type(0)))
-            for j in range(width, padded.shape[2] - margin):
-                store(padded, (c, i, margin + j), fill(padded.dtype.type(0)))
-            if 0 <= first + i < height:
-                tail_row(z, c, tail, first + i, width, padded, i, margin)
-            else:
-                for j in range(width):
-                    store(padded, (c, i, margin + j), fill(padded.dtype.type(0)))
+    zero = fill(padded.dtype.type(0))
+    for i in range(padded.shape[1]):
+        for j in range(margin):
+            store(padded, (c_padded, i, j), zero)
+        for j in range(width, padded.shape[2] - margin):
+            store(padded, (c_padded, i, margin + j), zero)
+        if 0 <= first + i < height:
+            tail_row(z, c, tail, first + i, width, padded, c_padded, i, margin)
+        else:
+            for j in range(width):
+                store(padded, (c_padded, i, margin + j), zero)
 
 
 @kernel
-def tail_row(z, c, tail, h, width, y, row, start):
+def tail_row(z, c, tail, h, width, y, c_y, row, start):
     # z (C, H, W, LANES) -> row h of what the tail makes of channel c, to y (C, rows, columns, LANES)
     # relu(max(a, b)) is max(relu(a), relu(b)), of which the former is less work.
     scale, shift, relu = tail.scale[c], fill(tail.shift[c]), tail.relu
@@ -61,7 +69,7 @@ def tail_row(z, c, tail, h, width, y, row, start):
     if tail.pool == KEEP:
         for w in range(width):
             value = multiply_add(scale, load(z, (c, h, w)), shift)
-            store(y, (c, row, start + w), larger(zero, value) if relu else value)
+            store(y, (c_y, row, start + w), larger(zero, value) if relu else value)
     elif tail.pool == MAX:
         for w in range(width):
             v0 = multiply_add(scale, load(z, (c, 2 * h, 2 * w)), shift)
@@ -69,13 +77,13 @@ def tail_row(z, c, tail, h, width, y, row, start):
             v2 = multiply_add(scale, load(z, (c, 2 * h + 1, 2 * w)), shift)
             v3 = multiply_add(scale, load(z, (c, 2 * h + 1, 2 * w + 1)), shift)
             value = larger(larger(v0, v1), larger(v2, v3))
-            store(y, (c, row, start + w), larger(zero, value) if relu else value)
+            store(y, (c_y, row, start + w), larger(zero, value) if relu else value)
     elif tail.pool == GLOBAL_MAX:
         value = multiply_add(scale, load(z, (c, 0, 0)), shift)
         for i in range(z.shape[1]):
             for j in range(z.shape[2]):
                 value = larger(value, multiply_add(scale, load(z, (c, i, j)), shift))
-        store(y, (c, row, start), larger(zero, value) if relu else value)
+        store(y, (c_y, row, start), larger(zero, value) if relu else value)
     else:
         size = 2 if tail.pool == MEAN else max(z.shape[1], z.shape[2])
         for w in range(width):
@@ -85,4 +93,4 @@ def tail_row(z, c, tail, h, width, y, row, start):
                     value = multiply_add(scale, load(z, (c, i, j)), shift)
                     total = add(larger(zero, value) if relu else value, total)
                     n += 1
-            store(y, (c, row, start + w), multiply_add(z.dtype.type(1) / z.dtype.type(n), total, zero))
+            store(y, (c_y, row, start + w), multiply_add(z.dtype.type(1) / z.dtype.type(n), total, zero))
