@@ -22,7 +22,8 @@ from ..layers import Dense
 from .stages import cut, forward, new_pass, onward
 
 MANY = 100  # weights in a stage: with fewer, only a batch that came back once is expected again
-MANY_CHANNELS = 3  # each costs a convolution about a third of its time, to read and write all its output
+MANY_CHANNELS = 5  # each costs a convolution about a sixth of its time, to read and write all its output
+FEW_TAPS = 27  # weights of a filter, three channels of 3x3: so quickly applied that z need not be kept
 BIAS, NO_TAP = -1, -2  # instead of an input channel: gamma and beta change a channel, but not z
 
 
@@ -33,12 +34,14 @@ class Batch:
     images: np.ndarray
     labels: np.ndarray
     x: np.ndarray | None = None  # input of the stage, packed; in the last stage by feature
-    z: np.ndarray | None = None  # output of its mixing layer, likewise
+    z: np.ndarray | None = None  # output of its mixing layer, likewise; None if it is computed when needed
+    z_weights: tuple | None = None  # weight and bias that z belongs to, if it is not kept
     tail: tuple | None = None  # what z passes before the next stage
     a: np.ndarray | None = None  # what comes before that tail, if layers of the stage run apart: else it is z
     z_next: np.ndarray | None = None  # output of the next stage's mixing layer
     next_statistics: tuple | None = None  # mean and variance of z_next, if a BatchNorm needs them
-    loss: float | None = None  # of the weights as they are
+    loss: float | None = None  # of the weights as they were
+    loss_applied: int | None = None  # when so many entries of the log were applied
     statistics: dict = field(default_factory=dict)  # mean and variance that every BatchNorm took
     padded_labels: np.ndarray | None = None  # in the last stage: -1 in lanes without image
     applied: int = 0  # how many entries of the log are in z and z_next
@@ -48,19 +51,14 @@ class Batch:
 
 @dataclass(eq=False)
 class Change:
-    """What becomes of one channel of a stage, and of the network behind it."""
+    """What becomes of one channel of a stage, and of the next stage."""
 
-    u: np.ndarray  # z[channel] changes by amount * u
-    amount: np.float32
     channels: slice  # of what comes before the tail (a Flatten makes many of one)
     a: np.ndarray | None  # what they become, if layers of the stage run apart
     tail: tuple  # of these channels
     statistics: dict  # their mean and variance in every BatchNorm of the stage
     z_next: np.ndarray
     next_statistics: tuple | None
-    value: float | None = None  # of the weight, if this is a candidate
-    loss: float | None = None
-    later_statistics: dict = field(default_factory=dict)  # of the BatchNorms behind z_next
 
 
 class DeltaForward:
@@ -147,10 +145,10 @@ class DeltaForward:
         if self.known_value[str(parameter)][index] == value:
             return
         self._note(parameter, index, value)
-        for change in self.tried:
-            if change.value == value:
-                self._adopt(self.batch, self.log_where[self.log_length - 1, 0], change)
-                self.batch.applied = self.log_length
+        for candidate, loss, statistics in self.tried:
+            if candidate == value:
+                self.batch.loss, self.batch.loss_applied = loss, self.log_length
+                self.batch.statistics.update(statistics)
                 break
         self.tried = []
 
@@ -200,25 +198,25 @@ class DeltaForward:
         """Return the losses in any other stage."""
         where, n = np.array([self._where(parameter, index)]), len(batch.labels)
         channel = where[0, 0]
-        if batch.z is None or self._is_far_behind(batch):
+        if batch.z_next is None or self._is_far_behind(batch):
             self._compute(batch)
         self._catch_up(batch)
-        if batch.loss is None:
+        if batch.loss_applied != self.log_length:
             batch.loss, statistics = self._finish(batch.z_next, batch.next_statistics, n)
+            batch.loss_applied = self.log_length
             batch.statistics.update(statistics)
         self._follow(batch)
         self.tried, losses = [], np.full(len(candidates), batch.loss)
-        u = moments = None
+        place = None
         for i in np.flatnonzero(steps):
-            if u is None:
-                u, moments = self._u(batch, channel, where, np.ones(1, np.float32))
+            if place is None:
+                place = self._place(batch, channel)
+                u, moments = self._u(batch, place, channel, where, np.ones(1, np.float32))
             parameter.value[index] = candidates[i]
             amount = steps[i] if where[0, 1] != NO_TAP else np.float32(0)
-            change = self._change(batch, channel, u, moments, amount)
-            change.value = candidates[i]
-            change.loss, change.later_statistics = self._finish(change.z_next, change.next_statistics, n)
-            losses[i] = change.loss
-            self.tried.append(change)
+            change = self._change(batch, place, channel, u, moments, amount)
+            losses[i], statistics = self._finish(change.z_next, change.next_statistics, n)
+            self.tried.append((candidates[i], losses[i], statistics))
         return losses
 
     def _input(self, batch, run):
@@ -239,24 +237,27 @@ class DeltaForward:
             batch.x = self._input(batch, run)
         z, statistics = stage.mix(batch.x, None, run.n_images)
         a, batch.tail = stage.leave(z, statistics, run)
-        batch.z_next, batch.next_statistics = following.mix(a, batch.tail, run.n_images)
+        y = batch.z_next if batch.is_held else None
+        batch.z_next, batch.next_statistics = following.mix(a, batch.tail, run.n_images, y=y)
         batch.statistics.update(run.statistics)
-        batch.loss, batch.applied = None, self.log_length
+        batch.loss_applied, batch.applied = None, self.log_length
+        keeps_z = stage.mixing.weight[0].size > FEW_TAPS
+        batch.z_weights = None if keeps_z else (stage.mixing.weight.copy(), stage.mixing.bias.copy())
         if batch.is_held:
-            copy(z, batch.z)
+            if keeps_z:
+                copy(z, batch.z)
             if stage.apart:
                 copy(a, batch.a)
         else:
-            batch.z, batch.a = z, a if stage.apart else None
+            batch.z, batch.a = z if keeps_z else None, a if stage.apart else None
             self._hold(batch, stage)
 
     def _hold(self, batch, stage):
         """Keep a mini-batch until it comes back, if that is likely and there is room."""
         if self.key is None or (batch.visits == 1 and stage.mixing.weight.size <= MANY):
             return
-        names = [name for name in ("x", "z", "a") if getattr(batch, name) is not None]
-        beside = 0 if batch.z_next is None else batch.z_next.nbytes  # it will be replaced, not written to
-        copies = self.arena.hold([getattr(batch, name) for name in names], beside)
+        names = [name for name in ("x", "z", "a", "z_next") if getattr(batch, name) is not None]
+        copies = self.arena.hold([getattr(batch, name) for name in names])
         if copies is not None:
             batch.is_held = True
             for name, array in zip(names, copies, strict=True):
@@ -281,12 +282,20 @@ class DeltaForward:
         where, amounts, batch.applied = self.log_where[missed], self.log_amount[missed], self.log_length
         for channel in np.unique(where[:, 0]):
             own = where[:, 0] == channel
-            u, moments = self._u(batch, channel, where[own], amounts[own])
-            self._adopt(batch, channel, self._change(batch, channel, u, moments, np.float32(1)))
+            place = self._place(batch, channel)
+            u, moments = self._u(batch, place, channel, where[own], amounts[own])
+            change = self._change(batch, place, channel, u, moments, np.float32(1), batch.z_next)
+            batch.next_statistics = change.next_statistics
+            self._adopt(batch, channel, u, change)
 
-    def _adopt(self, batch, channel, change):
-        """Make a change the state of a mini-batch."""
-        changes.add_to_channel(batch.z, channel, change.u, change.amount)
+    def _adopt(self, batch, channel, u, change):
+        """Make a change of z[channel] by u the state of a mini-batch."""
+        if batch.z is not None:
+            changes.add_to_channel(batch.z, channel, u, np.float32(1))
+        else:
+            mixing = self.stages[self.d].mixing
+            for kept, weights in zip(batch.z_weights, (mixing.weight, mixing.bias), strict=True):
+                kept[channel] = weights[channel]
         for name, statistics in change.statistics.items():
             for array, values in zip(batch.statistics[name], statistics, strict=True):
                 array[change.channels] = values
@@ -294,23 +303,30 @@ class DeltaForward:
             array[change.channels] = values
         if change.a is not None:
             batch.a[:, change.channels] = change.a
-        batch.z_next, batch.next_statistics, batch.loss = change.z_next, change.next_statistics, change.loss
-        batch.statistics.update(change.later_statistics)
 
-    def _u(self, batch, channel, where, amounts):
+    def _place(self, batch, channel):
+        """Return (z, k) such that z[:, k] is a channel of the stage's output."""
+        if batch.z is not None:
+            return batch.z, channel
+        weight, bias = (w[channel] for w in batch.z_weights)
+        taps = np.array([(BIAS, 0, 0), *np.ndindex(weight.shape)])
+        stage = self.stages[self.d]
+        z, _ = changes.change_of_channel(batch.x, taps, np.append(bias, weight), stage.size, stage.step)
+        return z, 0
+
+    def _u(self, batch, place, channel, where, amounts):
         """Return u, what weights of an output channel add to it, and its moments if a BatchNorm is next."""
         stage, taps = self.stages[self.d], where[:, 1] != NO_TAP
         mean = float(batch.statistics[stage.norm.name][0][channel]) if stage.norm else None
-        size = 1 if isinstance(stage.mixing, Dense) else stage.mixing.size
-        return changes.change_of_channel(batch.x, where[taps, 1:], amounts[taps], size, stage.step,
-                                         batch.z, channel, mean, len(batch.labels))
+        return changes.change_of_channel(batch.x, where[taps, 1:], amounts[taps], stage.size, stage.step,
+                                         *place, mean, len(batch.labels))
 
-    def _change(self, batch, channel, u, moments, amount):
-        """Return what z[channel] + amount * u makes of z_next."""
+    def _change(self, batch, place, channel, u, moments, amount, y=None):
+        """Return what z[channel] + amount * u makes of z_next, written to y if that is given."""
         stage, following, run = self.stages[self.d], self.stages[self.d + 1], new_pass(len(batch.labels))
         channels, a, statistics = slice(channel, channel + 1), None, None
         if stage.apart:
-            a = changes.channel_sum(batch.z, channel, u, amount)
+            a = changes.channel_sum(*place, u, amount)
             for layer in stage.apart:
                 a = layer.forward_channels(a, run, channels)
                 channels = slice(channel * a.shape[1], (channel + 1) * a.shape[1])
@@ -323,13 +339,13 @@ class DeltaForward:
                 run.statistics[stage.norm.name] = statistics
             before = batch.tail._replace(scale=batch.tail.scale[channels], shift=batch.tail.shift[channels])
             tail = stage.tail(1, statistics, channels)
-            change = changes.tail_change(batch.z, channel, u, amount, before, tail)
+            change = changes.tail_change(*place, u, amount, before, tail)
         features = channels
         if isinstance(following.mixing, Dense):  # which sees the pixels of a channel as features
             width = change[0, 0].size // LANES
             features = slice(channels.start * width, channels.stop * width)
-        z_next = following.mix(change, None, run.n_images, features, batch.z_next)
-        return Change(u, amount, channels, a, tail, run.statistics, *z_next)
+        z_next = following.mix(change, None, run.n_images, features, batch.z_next, y)
+        return Change(channels, a, tail, run.statistics, *z_next)
 
     def _finish(self, z_next, statistics, n_images):
         """Return the loss from the output of the next stage's mixing layer, and the statistics behind it."""

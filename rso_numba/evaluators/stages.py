@@ -33,16 +33,17 @@ class Stage:
 
     def close(self):
         """Decide how the layers behind the mixing layer are computed, now that all are known."""
+        self.size = 1 if isinstance(self.mixing, Dense) else self.mixing.size  # of its filters
         (self.norm, self.relu, self.pool), rest = first_tail(self.layers)
         self.apart = [] if all(isinstance(layer, Flatten) for layer in rest) else self.layers
         if self.apart:
             self.norm, self.relu, self.pool = None, False, tails.KEEP
 
-    def mix(self, z, tail, n_images, channels=slice(None), start=None):
+    def mix(self, z, tail, n_images, channels=slice(None), start=None, y=None):
         """Return the output of the mixing layer; mean and variance of its channels if a BatchNorm needs them.
 
         Its input is what `tail` (or None) makes of z. With `channels` z holds only these channels of the
-        input, and `start` is what the others contribute.
+        input, and `start` is what the others contribute. The output is written to y if that is given.
         """
         if tail is None:  # the input itself, and a dense layer does not mind in which shape
             z = cpu.as_row(z) if isinstance(self.mixing, Dense) else z
@@ -52,10 +53,10 @@ class Stage:
             weight = changes.merged_with_avgpool(weight)
         weight, counted = np.ascontiguousarray(weight), n_images if self.norm else None
         if isinstance(self.mixing, Dense):
-            start = start if start is None else start.reshape(len(start), -1, LANES)
-            y = cpu.as_maps(cpu.dense_stage(z, tail, weight, self.mixing.bias, start))
+            start, y = (a if a is None else a.reshape(len(a), -1, LANES) for a in (start, y))
+            y = cpu.as_maps(cpu.dense_stage(z, tail, weight, self.mixing.bias, start, y))
             return y, cpu.batchnorm_statistics(y, n_images) if self.norm else None
-        return cpu.conv2d_stage(z, tail, weight, self.mixing.bias, counted, start, self.step)
+        return cpu.conv2d_stage(z, tail, weight, self.mixing.bias, counted, start, self.step, y)
 
     def leave(self, z, statistics, run):
         """Return (z, tail): what stands before the next stage is what `tail` makes of z."""

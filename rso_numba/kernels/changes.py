@@ -33,7 +33,7 @@ def merged_with_avgpool(weight):
     return merged
 
 
-def change_of_channel(x, taps, amounts, size, step, z, k, mean, n_images):
+def change_of_channel(x, taps, amounts, size, step, z=None, k=0, mean=None, n_images=0):
     """Return u, by which changes of weights change channel k of z, and its moments if z has a `mean` there.
 
     Parameters
@@ -53,14 +53,14 @@ def change_of_channel(x, taps, amounts, size, step, z, k, mean, n_images):
     moments : (float, float, float) or None
         mean(u), covariance(z, u), variance(u).
     """
-    u = empty((len(x), 1, *z.shape[2:]), x.dtype)
+    u = empty((len(x), 1, x.shape[2] // step, x.shape[3] // step, LANES), x.dtype)
     sums = np.empty((3, 0 if mean is None else len(x)))
     filters = np.zeros((x.shape[1], size + step - 1, size + step - 1), x.dtype)
-    width = z.shape[3] + -z.shape[3] % 8
+    width = u.shape[3] + -u.shape[3] % 8
     padded = padded_scratch((1, x.shape[2], step * width), filters.shape[1], step, x.dtype, strips=False)
-    room = empty((len(padded), z.shape[2], width, LANES), x.dtype)
-    filter_blocks(x, taps, amounts, step, no_tail(x), filters, u, z, k, np.float32(mean or 0), n_images,
-                  sums, padded, room)
+    room = empty((len(padded), u.shape[2], width, LANES), x.dtype)
+    filter_blocks(x, taps, amounts, step, no_tail(x), filters, u, u if z is None else z, k,
+                  np.float32(mean or 0), n_images, sums, padded, room)
     if mean is None:
         return u, None
     mean_u, mean_zu, mean_uu = sums.sum(axis=1) / (n_images * u.shape[2] * u.shape[3])

@@ -129,14 +129,15 @@ def conv2d_forward(x, weight, bias):
     return y
 
 
-def conv2d_stage(z, tail, weight, bias, n_images, start=None, stride=1):
+def conv2d_stage(z, tail, weight, bias, n_images, start=None, stride=1, y=None):
     """Return the convolution of what a `Tail` makes of z, and its statistics (None if n_images is None).
 
     With `start` it is added to that, instead of the bias. `stride` 2 is for filters that an average pool was
-    merged into.
+    merged into. It is written to y if that is given, which may be `start`.
     """
     shape = pooled_shape(z.shape[1:4], tail.pool)
-    y = empty((len(z), len(weight), shape[1] // stride, shape[2] // stride, LANES), z.dtype)
+    if y is None:
+        y = empty((len(z), len(weight), shape[1] // stride, shape[2] // stride, LANES), z.dtype)
     statistics = np.empty((2, 0 if n_images is None else len(z), len(weight)))
     filters, started, streamed = side_by_side(weight, bias), start is not None, y.nbytes > STREAMED
     padded = padded_scratch(shape, weight.shape[2], stride, z.dtype)
@@ -182,9 +183,9 @@ def dense_forward(x, weight, bias):
     return dense_stage(x, no_tail(x), weight, bias)
 
 
-def dense_stage(z, tail, weight, bias, start=None):
-    """Return the dense layer's output for what a `Tail` makes of z, plus `start` instead of the bias."""
-    y = empty((len(z), len(weight), LANES), z.dtype)
+def dense_stage(z, tail, weight, bias, start=None, y=None):
+    """Return the dense layer's output for what a `Tail` makes of z: see `conv2d_stage`."""
+    y = empty((len(z), len(weight), LANES), z.dtype) if y is None else y
     scratch = empty((get_num_threads(), *pooled_shape(z.shape[1:4], tail.pool), LANES), z.dtype)
     started = start is not None
     dense_blocks(z, tail, weight, bias, start if started else y, started, y, scratch)

@@ -73,24 +73,18 @@ class Arena:
     SLAB = 2**26
 
     def __init__(self, size):
-        self.size, self.slabs, self.beside = size, [], 0  # a slab is [memory, bytes in use]
+        self.size, self.slabs = size, []  # a slab is [memory, bytes in use]
 
     def forget(self):
         """Let all that is held be overwritten. Nobody may look at it any more."""
-        self.beside = 0
         for slab in self.slabs:
             slab[1] = 0
 
-    def hold(self, arrays, beside=0):
-        """Return copies of arrays, or None if there is no room for all of them.
-
-        As many bytes as `beside` says are held elsewhere as long, and count too.
-        """
+    def hold(self, arrays):
+        """Return copies of arrays, or None if there is no room for all of them."""
         sizes = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
-        self.beside += beside
         slab = self._slab_with(sum(sizes))
         if slab is None:
-            self.beside -= beside
             return None
         copies = []
         for array, size in zip(arrays, sizes, strict=True):
@@ -113,7 +107,7 @@ class Arena:
         return fitting
 
     def _taken(self):
-        return sum(len(memory) for memory, _ in self.slabs) + self.beside
+        return sum(len(memory) for memory, _ in self.slabs)
 
 
 def copy(source, target):

@@ -45,9 +45,8 @@ def side_by_side(weight, bias):
 
     The output channels that a tile needs are neighbours; copies of the last one make the last tile whole.
     """
-    missing = -len(weight) % TILE
-    weight = np.pad(weight.transpose(1, 2, 3, 0), ((0, 0), (0, 0), (0, 0), (0, missing)), mode="edge")
-    return Filters(weight, np.pad(bias, (0, missing), mode="edge"))
+    channels = np.minimum(np.arange(len(weight) + -len(weight) % TILE), len(weight) - 1)
+    return Filters(np.ascontiguousarray(weight[channels].transpose(1, 2, 3, 0)), bias[channels])
 
 
 @parallel_kernel
@@ -238,8 +237,10 @@ def dense_blocks(z, tail, weight, bias, start, started, y, scratch):
     for b in prange(z.shape[0]):
         maps = scratch[get_thread_id()]
         enter(z[b], tail, 0, 0, maps)
-        x = maps.reshape(-1, LANES)
+        x, z_ahead = maps.reshape(-1, LANES), z[min(b + 1, z.shape[0] - 1)].reshape(-1, LANES)
+        share = len(z_ahead) // -(-weight.shape[0] // 4) + 1
         for o in range(0, weight.shape[0], 4):
+            fetch_part(z_ahead, o // 4, share)
             dense_tile(x, weight, bias, start[b], started, y[b], o)
 
 
