@@ -237,10 +237,8 @@ def dense_blocks(z, tail, weight, bias, start, started, y, scratch):
     for b in prange(z.shape[0]):
         maps = scratch[get_thread_id()]
         enter(z[b], tail, 0, 0, maps)
-        x, z_ahead = maps.reshape(-1, LANES), z[min(b + 1, z.shape[0] - 1)].reshape(-1, LANES)
-        share = len(z_ahead) // -(-weight.shape[0] // 4) + 1
+        x = maps.reshape(-1, LANES)
         for o in range(0, weight.shape[0], 4):
-            fetch_part(z_ahead, o // 4, share)
             dense_tile(x, weight, bias, start[b], started, y[b], o)
 
 

@@ -9,10 +9,12 @@ from collections import namedtuple
 
 import numpy as np
 
-from .compiling import kernel
-from .lanes import add, fill, larger, load, multiply_add, store
+from .compiling import formula, kernel
+from .lanes import add, fetch, fill, larger, load, multiply_add, store
 
 KEEP, MAX, MEAN, GLOBAL_MAX, GLOBAL_MEAN = range(5)  # how a Tail pools; MAX and MEAN take windows of 2x2
+
+AHEAD = 128  # pixels: how far ahead of its use a map is asked for
 
 # y = pool(relu(scale * z + shift)): scale and shift (C,), relu a bool, pool one of the numbers above
 Tail = namedtuple("Tail", "scale shift relu pool")
@@ -60,16 +62,22 @@ def enter_channel(z, c, tail, first, margin, padded, c_padded):
                 store(padded, (c_padded, i, margin + j), zero)
 
 
-@kernel
+@formula
 def tail_row(z, c, tail, h, width, y, c_y, row, start):
-    # z (C, H, W, LANES) -> row h of what the tail makes of channel c, to y (C, rows, columns, LANES)
+    """Write row h of what the tail makes of channel c of z, (C, H, W, LANES), to y (C, rows, columns, LANES)."""
     # relu(max(a, b)) is max(relu(a), relu(b)), of which the former is less work.
     scale, shift, relu = tail.scale[c], fill(tail.shift[c]), tail.relu
     zero = fill(z.dtype.type(0))
-    if tail.pool == KEEP:
+    n_rows = 1 if tail.pool == KEEP else 2 if tail.pool == MAX or tail.pool == MEAN else z.shape[1]
+    for i in range(n_rows * h, n_rows * h + n_rows):  # what is read soon: behind the last row is the next channel
+        for w in range(z.shape[2]):
+            fetch(z, (c, i + AHEAD // z.shape[2], w))
+    if tail.pool == KEEP and relu:
         for w in range(width):
-            value = multiply_add(scale, load(z, (c, h, w)), shift)
-            store(y, (c_y, row, start + w), larger(zero, value) if relu else value)
+            store(y, (c_y, row, start + w), larger(zero, multiply_add(scale, load(z, (c, h, w)), shift)))
+    elif tail.pool == KEEP:
+        for w in range(width):
+            store(y, (c_y, row, start + w), multiply_add(scale, load(z, (c, h, w)), shift))
     elif tail.pool == MAX:
         for w in range(width):
             v0 = multiply_add(scale, load(z, (c, 2 * h, 2 * w)), shift)
