@@ -39,7 +39,8 @@ class Plan:
 
     few: int = 3  # weights of every parameter, for slow evaluations
     many: int = 96  # the first weights of every parameter in their natural order, for delta evaluation
-    whole: tuple = ("one_conv", "two_conv")  # models timed for a whole round and a whole epoch instead
+    whole: tuple = ("one_conv", "two_conv")  # models timed for whole rounds and a whole epoch instead
+    rounds: int = 3  # of which the median is taken, because the first pays for fresh memory
     sgd_steps: int = 200  # for the other models
     images: int = 1024  # in the convolutions
     matrix: int = 2048  # rows and columns in sgemm
@@ -220,25 +221,30 @@ class Visit:
     losses: list = field(default_factory=list)
 
     def total(self, n_first, block):
-        """Return the seconds that all weights of the parameter take.
+        """Return the seconds that all weights of the parameter take, the median if those were whole rounds.
 
-        The first trials, which fill caches, count once. The rest is extrapolated from the median of the
-        others, taken over means of `block` trials.
+        Of a part of a round the first trials, which fill caches, count once. The rest is extrapolated from
+        the median of the others, taken over means of `block` trials.
         """
-        if len(self.seconds) == self.n_weights:
-            return sum(self.seconds)
+        if len(self.seconds) >= self.n_weights:
+            return float(np.median(self.rounds()))
         n_first = min(n_first, len(self.seconds) // 2)
         starts = range(n_first, len(self.seconds), block)
         means = [np.mean(self.seconds[start : start + block]) for start in starts]
         return float(sum(self.seconds[:n_first]) + (self.n_weights - n_first) * np.median(means))
 
 
-def timed_visits(job, choose, judge_of=None, **arguments):
-    """Run the chosen trials of one round; return a dict of `Visit` by parameter.
+    def rounds(self):
+        """Return the seconds of every whole round."""
+        return np.reshape(self.seconds, (-1, self.n_weights)).sum(axis=1)
+
+
+def timed_visits(job, choose, judge_of=None, rounds=1, **arguments):
+    """Run the chosen trials of some rounds; return a dict of `Visit` by parameter.
 
     `judge_of` makes an evaluator that `rso.trials` does not know, from a network; `arguments` go to
-    `rso.trials`. One trial more than was chosen begins the search and is not counted: sigma, the order of
-    the visits and the partition of the data are made in it.
+    `rso.trials`. One trial more than was chosen begins each round and is not counted: sigma, the order of
+    the visits and the partition of the data are made in the first.
     """
     network, timed = job.network(), {}
 
@@ -256,15 +262,16 @@ def timed_visits(job, choose, judge_of=None, **arguments):
     judge = judge_of(network) if judge_of else None
     evaluator = (lambda *_, **__: judge) if judge else rso.evaluator
     with patch.multiple(rso, visits=chosen_visits, evaluator=evaluator):
-        stream = rso.trials(network, job.data, 1, job.batch_size, job.preset,
+        stream = rso.trials(network, job.data, rounds, job.batch_size, job.preset,
                             rng=np.random.default_rng([job.seed, 1]), **arguments)
-        next(stream)
+        last = next(stream)
         begin = clock()
         for trial in stream:
             visit = timed[f"{trial.layer}.{trial.parameter}"]
-            visit.seconds.append(clock() - begin)
-            visit.losses.append(trial.losses)
-            begin = clock()
+            if trial.round == last.round:
+                visit.seconds.append(clock() - begin)
+                visit.losses.append(trial.losses)
+            last, begin = trial, clock()
     return timed
 
 
@@ -285,17 +292,19 @@ def search_row(job, plan, what, choose, judge_of=None, evaluation="full", **argu
     for name, visit in mine.items():
         np.testing.assert_allclose(visit.losses, judge[name].losses, rtol=1e-4, err_msg=f"{what}, {name}")
     sleep(plan.rest)
-    timed = timed_visits(job, choose, judge_of, evaluation=evaluation, **arguments)
+    rounds = plan.rounds if evaluation == "delta" and job.model in plan.whole else 1
+    timed = timed_visits(job, choose, judge_of, rounds, evaluation=evaluation, **arguments)
     n, n_timed = sum(v.n_weights for v in timed.values()), sum(len(v.seconds) for v in timed.values())
     n_first, block, held = 0, 1, "hold" in arguments
     if evaluation == "delta" and not held:
         n_first, block = len(job.data.train_images) // job.batch_size, BLOCK  # once for each mini-batch
     totals = {name: v.total(n_first, v.filter_size if held else block) for name, v in timed.items()}
-    measured = f"whole round of {n:,}" if n == n_timed else f"sampled {n_timed:,} of {n:,}"
+    measured = f"median of {rounds} rounds of {n:,}" if n <= n_timed else f"sampled {n_timed:,} of {n:,}"
     if judge_of is None:
         measured += f"; first calls {first_calls:.1f} s, {from_cache} kernels cached, {compiled} compiled"
     detail = dict(
         round_seconds=sum(totals.values()), n_weights=n, n_timed=n_timed, threads=numba.get_num_threads(),
+        rounds=sum(v.rounds() for v in timed.values()).tolist() if n <= n_timed else [],
         first_calls_seconds=first_calls, kernels_from_cache=from_cache, kernels_compiled=compiled,
         parameters={name: dict(n_weights=v.n_weights, n_timed=len(v.seconds), seconds=totals[name],
                                median_trial=float(np.median(v.seconds))) for name, v in timed.items()})

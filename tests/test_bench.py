@@ -135,6 +135,7 @@ def test_table_is_aligned():
 
 def test_a_whole_visit_is_its_sum_and_a_sample_is_extrapolated():
     assert bench.Visit(3, 1, [1.0, 2.0, 6.0]).total(0, 1) == 9
+    assert bench.Visit(2, 1, [9.0, 9.0, 1.0, 2.0, 2.0, 2.0]).total(0, 1) == 4  # the median of three rounds
     # one first trial as it is, and the median of the others for the other 9 weights
     assert bench.Visit(10, 1, [5.0, 1.0, 1.0, 9.0]).total(1, 1) == 5 + 9 * 1
     # means of two trials, of which the first is dear: (4 + 2) / 2 = 3, and 3, and 10
@@ -161,6 +162,10 @@ def test_the_loop_that_is_timed_is_that_of_rso(digits28):
     assert {name: (visit.n_weights, len(visit.seconds)) for name, visit in timed.items()} \
         == {"dense1.bias": (10, 10), "conv1.bias": (4, 4)}
     assert rso.visits is bench.visits  # put back
+
+    twice = bench.timed_visits(job, bench.first(None), None, 2, evaluation="full", trained=("bias",))
+    assert {name: len(visit.seconds) for name, visit in twice.items()} == {"dense1.bias": 20, "conv1.bias": 8}
+    assert twice["conv1.bias"].losses[:4] == timed["conv1.bias"].losses
 
     trials = list(rso.trials(job.network(), digits28, 1, 16, "notebook", evaluation="full",
                              rng=np.random.default_rng([0, 1]), trained=("bias",)))

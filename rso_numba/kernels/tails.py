@@ -64,12 +64,12 @@ def enter_channel(z, c, tail, first, margin, padded, c_padded):
 
 @formula
 def tail_row(z, c, tail, h, width, y, c_y, row, start):
-    """Write row h of what the tail makes of channel c of z, (C, H, W, LANES), to y (C, rows, columns, LANES)."""
+    """Write row h of what the tail makes of channel c of z (C, H, W, LANES) to y (C, rows, columns, ...)."""
     # relu(max(a, b)) is max(relu(a), relu(b)), of which the former is less work.
     scale, shift, relu = tail.scale[c], fill(tail.shift[c]), tail.relu
     zero = fill(z.dtype.type(0))
     n_rows = 1 if tail.pool == KEEP else 2 if tail.pool == MAX or tail.pool == MEAN else z.shape[1]
-    for i in range(n_rows * h, n_rows * h + n_rows):  # what is read soon: behind the last row is the next channel
+    for i in range(n_rows * h, n_rows * h + n_rows):  # behind the last row of a channel is the next one
         for w in range(z.shape[2]):
             fetch(z, (c, i + AHEAD // z.shape[2], w))
     if tail.pool == KEEP and relu:
