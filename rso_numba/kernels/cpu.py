@@ -167,7 +167,7 @@ def conv2d_backward(x, weight, dy, wants_dx=True):
     turned = np.ascontiguousarray(weight[:, :, ::-1, ::-1].swapaxes(0, 1))
     dx = conv2d_forward(dy, turned, np.zeros(len(turned), x.dtype)) if wants_dx else None
     dweight = np.empty((len(x), *weight.shape), x.dtype)
-    padded = padded_scratch(x.shape[1:4], weight.shape[2], 1, x.dtype, strips=False)
+    padded = padded_scratch(x.shape[1:4], 3, 1, x.dtype, strips=False)
     conv2d_weight_blocks(x, no_tail(x), dy, dweight, padded)
     return dx, add_blocks(dweight, x.dtype), channel_totals(dy)
 
@@ -284,7 +284,8 @@ def maxpool_forward(x):
 def maxpool_backward(x, y, dy):
     """Return dx: each window's gradient goes to its first maximum in row-major order."""
     dx = empty(x.shape, x.dtype)
-    dx[:] = 0  # also a dropped last row or column
+    if x.shape[2] % 2 or x.shape[3] % 2:
+        dx[:] = 0  # also a dropped last row or column
     maxpool_gradient_blocks(x, y, dy, dx)
     return dx
 

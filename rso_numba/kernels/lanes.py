@@ -161,6 +161,17 @@ def larger(typing_context, a, b):
 
 
 @intrinsic
+def where_equal(typing_context, a, b, if_equal, otherwise):
+    """Return the numbers of if_equal where a == b, else those of otherwise, all of them Lanes."""
+
+    def generate(context, builder, signature, arguments):
+        is_equal = builder.fcmp_ordered("==", arguments[0], arguments[1])
+        return builder.select(is_equal, arguments[2], arguments[3])
+
+    return a(a, b, if_equal, otherwise), generate
+
+
+@intrinsic
 def add_up(typing_context, value):
     """Return the sum of the LANES numbers."""
 
@@ -207,6 +218,10 @@ if numba.config.DISABLE_JIT:  # the same in plain Python, on arrays of LANES num
     def larger(a, b):  # noqa: F811
         """Return the larger of two Lanes, number by number."""
         return np.where((a >= b) | (a != a), a, b)
+
+    def where_equal(a, b, if_equal, otherwise):  # noqa: F811
+        """Return the numbers of if_equal where a == b, else those of otherwise."""
+        return np.where(a == b, if_equal, otherwise)
 
     def add_up(value):  # noqa: F811
         """Return the sum of the LANES numbers."""

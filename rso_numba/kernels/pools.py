@@ -5,7 +5,7 @@ from numba import prange
 
 from . import formulas
 from .compiling import formula, kernel, parallel_kernel
-from .lanes import LANES
+from .lanes import LANES, fill, load, store, where_equal
 
 ZERO = np.float32(0)
 
@@ -40,13 +40,12 @@ def maxpool_gradient_block(x, y, dy, dx):
     for c in range(y.shape[0]):
         for h in range(y.shape[1]):
             for w in range(y.shape[2]):
-                for lane in range(LANES):
-                    rest = dy[c, h, w, lane]
-                    for row in range(2 * h, 2 * h + 2):
-                        for column in range(2 * w, 2 * w + 2):
-                            is_maximum = x[c, row, column, lane] == y[c, h, w, lane]
-                            dx[c, row, column, lane] = rest if is_maximum else ZERO
-                            rest = ZERO if is_maximum else rest
+                largest, rest, none = load(y, (c, h, w)), load(dy, (c, h, w)), fill(dx.dtype.type(0))
+                for row in range(2 * h, 2 * h + 2):
+                    for column in range(2 * w, 2 * w + 2):
+                        value = load(x, (c, row, column))
+                        store(dx, (c, row, column), where_equal(value, largest, rest, none))
+                        rest = where_equal(value, largest, none, rest)
 
 
 @parallel_kernel

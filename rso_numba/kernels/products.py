@@ -188,7 +188,7 @@ def store_pixels(y, o, pixels, streamed, v0, v1, v2, v3):
 @parallel_kernel
 def conv2d_weight_blocks(x, tail, dy, dweight, padded):
     # x (n_blocks, C_in, H, W, LANES), dy (n_blocks, C_out, H, W, LANES); the tail changes nothing
-    # dweight (n_blocks, C_out, C_in, k, k), padded (n_threads, C_in, rows, columns, LANES)
+    # dweight (n_blocks, C_out, C_in, k, k), padded (n_threads, C_in, rows, columns, LANES) as for 3x3
     for b in prange(x.shape[0]):
         conv2d_weight_block(x[b], tail, dy[b], dweight[b], padded[get_thread_id()])
 
@@ -201,32 +201,52 @@ def conv2d_weight_block(x, tail, dy, dweight, padded):
     for o in range(0, dweight.shape[0], 4):
         for i in range(0, dweight.shape[1], 2):
             for kh in range(dweight.shape[2]):
-                for kw in range(dweight.shape[3]):
-                    conv2d_weight_tile(padded, dy, dweight, o, i, kh, kw)
+                conv2d_weight_tile(padded, dy, dweight, o, i, kh)
 
 
 @kernel
-def conv2d_weight_tile(padded, dy, dweight, o, i, kh, kw):
+def conv2d_weight_tile(padded, dy, dweight, o, i, kh):
     # padded (C_in, rows, columns, LANES), dy (C_out, H, W, LANES), dweight (C_out, C_in, k, k)
-    # One tap of 4 output and 2 input channels: 8 sums.
+    # Row kh of the filters of 4 output and 2 input channels, 24 sums: x are three neighbours of one input
+    # channel, z of the other. (Of 1x1 filters only the first of three is wanted.)
     o1, o2, o3 = min(o + 1, dy.shape[0] - 1), min(o + 2, dy.shape[0] - 1), min(o + 3, dy.shape[0] - 1)
     i1 = min(i + 1, padded.shape[0] - 1)
-    a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = fill(padded.dtype.type(0))
+    a0 = a1 = a2 = a3 = a4 = a5 = b0 = b1 = b2 = b3 = b4 = b5 = fill(padded.dtype.type(0))
+    c0 = c1 = c2 = c3 = c4 = c5 = d0 = d1 = d2 = d3 = d4 = d5 = fill(padded.dtype.type(0))
     for h in range(dy.shape[1]):
+        x1, x2 = load(padded, (i, h + kh, 0)), load(padded, (i, h + kh, 1))
+        z1, z2 = load(padded, (i1, h + kh, 0)), load(padded, (i1, h + kh, 1))
         for w in range(dy.shape[2]):
-            x0, x1 = load(padded, (i, h + kh, w + kw)), load(padded, (i1, h + kh, w + kw))
+            x0, x1, x2 = x1, x2, load(padded, (i, h + kh, w + 2))
+            z0, z1, z2 = z1, z2, load(padded, (i1, h + kh, w + 2))
             g = load(dy, (o, h, w))
-            a0, a1 = multiply_add(g, x0, a0), multiply_add(g, x1, a1)
+            a0, a1, a2 = multiply_add(g, x0, a0), multiply_add(g, x1, a1), multiply_add(g, x2, a2)
+            a3, a4, a5 = multiply_add(g, z0, a3), multiply_add(g, z1, a4), multiply_add(g, z2, a5)
             g = load(dy, (o1, h, w))
-            b0, b1 = multiply_add(g, x0, b0), multiply_add(g, x1, b1)
+            b0, b1, b2 = multiply_add(g, x0, b0), multiply_add(g, x1, b1), multiply_add(g, x2, b2)
+            b3, b4, b5 = multiply_add(g, z0, b3), multiply_add(g, z1, b4), multiply_add(g, z2, b5)
             g = load(dy, (o2, h, w))
-            c0, c1 = multiply_add(g, x0, c0), multiply_add(g, x1, c1)
+            c0, c1, c2 = multiply_add(g, x0, c0), multiply_add(g, x1, c1), multiply_add(g, x2, c2)
+            c3, c4, c5 = multiply_add(g, z0, c3), multiply_add(g, z1, c4), multiply_add(g, z2, c5)
             g = load(dy, (o3, h, w))
-            d0, d1 = multiply_add(g, x0, d0), multiply_add(g, x1, d1)
-    dweight[o, i, kh, kw], dweight[o, i1, kh, kw] = add_up(a0), add_up(a1)
-    dweight[o1, i, kh, kw], dweight[o1, i1, kh, kw] = add_up(b0), add_up(b1)
-    dweight[o2, i, kh, kw], dweight[o2, i1, kh, kw] = add_up(c0), add_up(c1)
-    dweight[o3, i, kh, kw], dweight[o3, i1, kh, kw] = add_up(d0), add_up(d1)
+            d0, d1, d2 = multiply_add(g, x0, d0), multiply_add(g, x1, d1), multiply_add(g, x2, d2)
+            d3, d4, d5 = multiply_add(g, z0, d3), multiply_add(g, z1, d4), multiply_add(g, z2, d5)
+    store_row(dweight, o, i, kh, a0, a1, a2)
+    store_row(dweight, o, i1, kh, a3, a4, a5)
+    store_row(dweight, o1, i, kh, b0, b1, b2)
+    store_row(dweight, o1, i1, kh, b3, b4, b5)
+    store_row(dweight, o2, i, kh, c0, c1, c2)
+    store_row(dweight, o2, i1, kh, c3, c4, c5)
+    store_row(dweight, o3, i, kh, d0, d1, d2)
+    store_row(dweight, o3, i1, kh, d3, d4, d5)
+
+
+@kernel
+def store_row(dweight, o, i, kh, v0, v1, v2):
+    # row kh of a filter of dweight (C_out, C_in, k, k), each weight the sum of the numbers of a Lanes
+    dweight[o, i, kh, 0] = add_up(v0)
+    if dweight.shape[3] == 3:
+        dweight[o, i, kh, 1], dweight[o, i, kh, 2] = add_up(v1), add_up(v2)
 
 
 @parallel_kernel
