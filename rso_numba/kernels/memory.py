@@ -20,6 +20,7 @@ KEPT = 2**29  # bytes that may wait
 
 _waiting = OrderedDict()  # size -> buffers, the size that was used last at the end
 _waiting_bytes = [0]
+_lent = {}  # id of a weak reference to an array -> the reference, and the buffer that the array is a view of
 
 
 def empty(shape, dtype):
@@ -32,7 +33,8 @@ def empty(shape, dtype):
     # NumPy lets every view hold the first array that sees a memoryview (`.data`), which is this one:
     # when it dies, nobody can see the memory any more
     array = np.frombuffer(buffer.data, dtype)
-    weakref.finalize(array, _give_back, buffer).atexit = False
+    reference = weakref.ref(array, _give_back)
+    _lent[id(reference)] = reference, buffer
     return array.reshape(shape)
 
 
@@ -51,7 +53,8 @@ def _take(size):
     return buffer
 
 
-def _give_back(buffer):
+def _give_back(reference):
+    _, buffer = _lent.pop(id(reference))
     _waiting.setdefault(buffer.size, []).append(buffer)
     _waiting.move_to_end(buffer.size)
     _waiting_bytes[0] += buffer.size
