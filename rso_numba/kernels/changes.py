@@ -11,7 +11,7 @@ import numpy as np
 from numba import get_num_threads, get_thread_id, prange
 
 from .compiling import formula, kernel, parallel_kernel
-from .lanes import LANES, fetch, load, multiply_add, store
+from .lanes import LANES, fetch, fill, load, multiply_add, store
 from .memory import empty
 from .norms import moment_block
 from .products import padded_scratch
@@ -76,35 +76,37 @@ def filter_blocks(x, taps, amounts, step, tail, filters, u, z, k, mean, n_images
     # padded (n_threads, 1, rows, columns, LANES), room (n_threads, h, w rounded up to tiles, LANES)
     bias, is_used = add_taps(taps, amounts, step, filters)
     for b in prange(x.shape[0]):
-        my_x, my_u = padded[get_thread_id()], room[get_thread_id()]
-        my_u[:] = bias
-        filter_block(x[b], x[min(b + 1, x.shape[0] - 1)], tail, filters, is_used, step, my_x, my_u)
+        t = get_thread_id()
+        filter_block(x, b, tail, bias, filters, is_used, step, padded, room, t)
         for h in range(u.shape[2]):
             for w in range(u.shape[3]):
-                store(u, (b, 0, h, w), load(my_u, (h, w)))
+                store(u, (b, 0, h, w), load(room, (t, h, w)))
         if sums.shape[1] > 0:
             sums[0, b], sums[1, b], sums[2, b] = moment_block(z[b, k], u[b, 0], mean, n_images - b * LANES)
 
 
 @kernel
-def filter_block(x, x_ahead, tail, filters, is_used, step, padded, u):
-    # u (h, w, LANES) += the correlation of x (C_in, H, W, LANES) with filters (C_in, size, size)
-    # x_ahead is read next; padded (1, rows, columns, LANES) gets one channel of x after the other
-    size = filters.shape[1]
-    for c in range(x.shape[0]):
+def filter_block(x, b, tail, bias, filters, is_used, step, padded, u, t):
+    # u[t] (h, w, LANES) = bias + the correlation of x[b] (C_in, H, W, LANES) with filters (C_in, size, size)
+    # padded[t] (1, rows, columns, LANES) gets one channel of x after the other
+    size, ahead = filters.shape[1], min(b + 1, x.shape[0] - 1)
+    for h in range(u.shape[1]):
+        for w in range(u.shape[2]):
+            store(u, (t, h, w), fill(bias))
+    for c in range(x.shape[1]):
         if is_used[c]:
-            enter_channel(x, c, tail, -((size - 1) // 2), (size - 1) // 2, padded, 0)
-            for h in range(u.shape[0]):
+            enter_channel(x, b, c, tail, -((size - 1) // 2), (size - 1) // 2, padded, t, 0)
+            for h in range(u.shape[1]):
                 for row in range(step * h, step * h + step):
-                    for w in range(x.shape[2]):
-                        fetch(x_ahead, (c, row, w))
-                for w in range(0, u.shape[1], 8):
+                    for w in range(x.shape[3]):
+                        fetch(x, (ahead, c, row, w))
+                for w in range(0, u.shape[2], 8):
                     if size == 3 and step == 1:  # with its loops unrolled, a tile takes half the time
-                        filter_tile(padded, filters, c, u, h, w, 3, 1)
+                        filter_tile(padded, t, filters, c, u, h, w, 3, 1)
                     elif size == 4 and step == 2:
-                        filter_tile(padded, filters, c, u, h, w, 4, 2)
+                        filter_tile(padded, t, filters, c, u, h, w, 4, 2)
                     else:
-                        filter_tile(padded, filters, c, u, h, w, size, step)
+                        filter_tile(padded, t, filters, c, u, h, w, size, step)
 
 
 @kernel
@@ -123,29 +125,30 @@ def add_taps(taps, amounts, step, filters):
 
 
 @formula
-def filter_tile(x, filters, c, u, h, w, size, step):
-    """Add the correlation of x, padded, with filter c to eight pixels of a row: as many sums in registers."""
-    a0, a1, a2, a3 = load(u, (h, w)), load(u, (h, w + 1)), load(u, (h, w + 2)), load(u, (h, w + 3))
-    a4, a5, a6, a7 = load(u, (h, w + 4)), load(u, (h, w + 5)), load(u, (h, w + 6)), load(u, (h, w + 7))
+def filter_tile(x, t, filters, c, u, h, w, size, step):
+    """Add the correlation of x[t], padded, with filter c to eight pixels of a row, as many sums."""
+    a0, a1, a2 = load(u, (t, h, w)), load(u, (t, h, w + 1)), load(u, (t, h, w + 2))
+    a3, a4, a5 = load(u, (t, h, w + 3)), load(u, (t, h, w + 4)), load(u, (t, h, w + 5))
+    a6, a7 = load(u, (t, h, w + 6)), load(u, (t, h, w + 7))
     for i in range(size):
         for j in range(size):
             amount, row, column = filters[c, i, j], step * h + i, step * w + j
-            a0 = multiply_add(amount, load(x, (0, row, column)), a0)
-            a1 = multiply_add(amount, load(x, (0, row, column + step)), a1)
-            a2 = multiply_add(amount, load(x, (0, row, column + 2 * step)), a2)
-            a3 = multiply_add(amount, load(x, (0, row, column + 3 * step)), a3)
-            a4 = multiply_add(amount, load(x, (0, row, column + 4 * step)), a4)
-            a5 = multiply_add(amount, load(x, (0, row, column + 5 * step)), a5)
-            a6 = multiply_add(amount, load(x, (0, row, column + 6 * step)), a6)
-            a7 = multiply_add(amount, load(x, (0, row, column + 7 * step)), a7)
-    store(u, (h, w), a0)
-    store(u, (h, w + 1), a1)
-    store(u, (h, w + 2), a2)
-    store(u, (h, w + 3), a3)
-    store(u, (h, w + 4), a4)
-    store(u, (h, w + 5), a5)
-    store(u, (h, w + 6), a6)
-    store(u, (h, w + 7), a7)
+            a0 = multiply_add(amount, load(x, (t, 0, row, column)), a0)
+            a1 = multiply_add(amount, load(x, (t, 0, row, column + step)), a1)
+            a2 = multiply_add(amount, load(x, (t, 0, row, column + 2 * step)), a2)
+            a3 = multiply_add(amount, load(x, (t, 0, row, column + 3 * step)), a3)
+            a4 = multiply_add(amount, load(x, (t, 0, row, column + 4 * step)), a4)
+            a5 = multiply_add(amount, load(x, (t, 0, row, column + 5 * step)), a5)
+            a6 = multiply_add(amount, load(x, (t, 0, row, column + 6 * step)), a6)
+            a7 = multiply_add(amount, load(x, (t, 0, row, column + 7 * step)), a7)
+    store(u, (t, h, w), a0)
+    store(u, (t, h, w + 1), a1)
+    store(u, (t, h, w + 2), a2)
+    store(u, (t, h, w + 3), a3)
+    store(u, (t, h, w + 4), a4)
+    store(u, (t, h, w + 5), a5)
+    store(u, (t, h, w + 6), a6)
+    store(u, (t, h, w + 7), a7)
 
 
 def channel_sum(z, k, u, amount):
@@ -164,15 +167,15 @@ def add_to_channel(z, k, u, amount):
 def sum_blocks(z, k, u, amount, y, k_y):
     # z (n_blocks, C_out, h, w, LANES), u (n_blocks, 1, h, w, LANES), y (n_blocks, C, h, w, LANES)
     for b in prange(z.shape[0]):
-        sum_block(z[b], k, u[b], amount, y[b], k_y)
+        sum_block(z, b, k, u, amount, y, b, k_y)
 
 
 @kernel
-def sum_block(z, k, u, amount, y, k_y):
-    # z (C_out, h, w, LANES), u (1, h, w, LANES), y (C, h, w, LANES)
-    for h in range(u.shape[1]):
-        for w in range(u.shape[2]):
-            store(y, (k_y, h, w), multiply_add(amount, load(u, (0, h, w)), load(z, (k, h, w))))
+def sum_block(z, b, k, u, amount, y, t, k_y):
+    # channel k of z[b] (C_out, h, w, LANES) and amount * u[b] (1, h, w, LANES) -> channel k_y of y[t]
+    for h in range(u.shape[2]):
+        for w in range(u.shape[3]):
+            store(y, (t, k_y, h, w), multiply_add(amount, load(u, (b, 0, h, w)), load(z, (b, k, h, w))))
 
 
 def tail_change(z, k, u, amount, before, after):
@@ -190,19 +193,14 @@ def tail_change(z, k, u, amount, before, after):
 def change_blocks(z, k, u, amount, before, after, changed, old, change):
     # z (n_blocks, C_out, h, w, LANES), u (n_blocks, 1, h, w, LANES); changed, old (n_threads, 1, h, w, LANES)
     for b in prange(z.shape[0]):
-        mine, other = changed[get_thread_id()], old[get_thread_id()]
-        sum_block(z[b], k, u[b], amount, mine, 0)
-        enter(mine, after, 0, 0, change[b])
-        enter(z[b, k : k + 1], before, 0, 0, other)
-        subtract(change[b], other)
-
-
-@kernel
-def subtract(change, old):
-    # change (1, h', w', LANES) -= old (1, at least h', at least w', LANES)
-    for h in range(change.shape[1]):
-        for w in range(change.shape[2]):
-            store(change, (0, h, w), multiply_add(-ONE, load(old, (0, h, w)), load(change, (0, h, w))))
+        t = get_thread_id()
+        sum_block(z, b, k, u, amount, changed, t, 0)
+        enter(changed, t, after, 0, 0, change, b)
+        enter_channel(z, b, k, before, 0, 0, old, t, 0)
+        for h in range(change.shape[2]):
+            for w in range(change.shape[3]):
+                difference = multiply_add(-ONE, load(old, (t, 0, h, w)), load(change, (b, 0, h, w)))
+                store(change, (b, 0, h, w), difference)
 
 
 def by_feature(x, n_ones=0):

@@ -68,13 +68,13 @@ def count_pixels(sums, c, is_first, counts, v0, v1, v2, v3):
 
 
 @kernel
-def around_mean(sums, count):
-    # sums (3, LANES) of a block of `count` numbers, as above -> sum, and sum of squares around the mean
+def around_mean(sums, t, c, count):
+    # sums[t, c] (3, LANES) of `count` numbers, as above -> sum, and sum of squares around the mean
     total, squares = 0.0, 0.0
     for lane in range(LANES):
-        total += sums[1, lane]
-        squares += sums[2, lane]
-    return total - count * np.float64(sums[0, 0]), max(squares - total * total / count, 0.0)
+        total += sums[t, c, 1, lane]
+        squares += sums[t, c, 2, lane]
+    return total - count * np.float64(sums[t, c, 0, 0]), max(squares - total * total / count, 0.0)
 
 
 @kernel

@@ -58,33 +58,31 @@ def conv2d_blocks(z, tail, filters, start, started, stride, streamed, n_images, 
     # statistics (2, n_blocks, C_out), or of no blocks if nobody asks: see `norms.py`
     # padded (n_threads, C_in, rows, columns, LANES), sums (n_threads, C, 3, LANES)
     for b in prange(z.shape[0]):
-        mine, ahead, is_counted = get_thread_id(), min(b + 1, z.shape[0] - 1), statistics.shape[1] > 0
+        t, is_counted = get_thread_id(), statistics.shape[1] > 0
         n_lanes = min(n_images - b * LANES, LANES) if is_counted else 0
-        conv2d_block(z[b], z[ahead], tail, filters, start[b], start[ahead], started, stride, streamed,
-                     n_lanes, y[b], padded[mine], sums[mine])
+        conv2d_block(b, t, z, tail, filters, start, started, stride, streamed, n_lanes, y, padded, sums)
         if is_counted:
             count = y.shape[2] * y.shape[3] * n_lanes
             for o in range(y.shape[1]):
-                statistics[0, b, o], statistics[1, b, o] = around_mean(sums[mine, o], count)
+                statistics[0, b, o], statistics[1, b, o] = around_mean(sums, t, o, count)
 
 
 @kernel
-def conv2d_block(z, z_ahead, tail, filters, start, start_ahead, started, stride, streamed,
-                 n_lanes, y, padded, sums):
-    # one block of the arrays above, and of z and start what the thread will read next; n_lanes are those that
-    # hold images, 0 if nothing is counted
-    size, width, columns = filters.weight.shape[1], y.shape[2], padded.shape[2]
+def conv2d_block(b, t, z, tail, filters, start, started, stride, streamed, n_lanes, y, padded, sums):
+    # block b of the arrays above, in thread t; n_lanes hold images, 0 if nothing is counted
+    size, width, columns = filters.weight.shape[1], y.shape[3], padded.shape[3]
     margin = (size - 1) // 2  # also of 4x4 filters, which an average pool was merged into
-    n_rows = (padded.shape[1] - size) // stride + 1
-    is_real, nothing, n_tiles = real_lanes(y, n_lanes), fill(y.dtype.type(0)), sums.shape[0] // TILE
+    n_rows = (padded.shape[2] - size) // stride + 1
+    is_real, nothing, n_tiles = real_lanes(y, n_lanes), fill(y.dtype.type(0)), sums.shape[1] // TILE
     # all as flat pixels, once for a block: a view costs as much as a tile
-    x, z_ahead = padded.reshape(padded.shape[0], -1, LANES), z_ahead.reshape(-1, LANES)
-    begin, start_ahead = start.reshape(y.shape[0], -1, LANES), start_ahead.reshape(-1, LANES)
-    out = y.reshape(y.shape[0], -1, LANES)
+    ahead = min(b + 1, z.shape[0] - 1)
+    z_ahead, start_ahead = z[ahead].reshape(-1, LANES), start[ahead].reshape(-1, LANES)
+    x, begin = padded[t].reshape(padded.shape[1], -1, LANES), start[b].reshape(y.shape[1], -1, LANES)
+    out, sums = y[b].reshape(y.shape[1], -1, LANES), sums[t]
     part, share = 0, len(z_ahead) // (n_tiles * max(1, out.shape[1] // TILE)) + 1
-    for first in range(0, y.shape[1], n_rows):  # strip by strip
-        enter(z, tail, stride * first - margin, margin, padded)
-        end = min(first + n_rows, y.shape[1]) * width
+    for first in range(0, y.shape[2], n_rows):  # strip by strip
+        enter(z, b, tail, stride * first - margin, margin, padded, t)
+        end = min(first + n_rows, y.shape[2]) * width
         for p in range(first * width, end, TILE):
             pixels = p, min(p + 1, end - 1), min(p + 2, end - 1), min(p + 3, end - 1)
             at = (inside(pixels[0], first, width, stride, columns),
@@ -190,14 +188,14 @@ def conv2d_weight_blocks(x, tail, dy, dweight, padded):
     # x (n_blocks, C_in, H, W, LANES), dy (n_blocks, C_out, H, W, LANES); the tail changes nothing
     # dweight (n_blocks, C_out, C_in, k, k), padded (n_threads, C_in, rows, columns, LANES) as for 3x3
     for b in prange(x.shape[0]):
-        conv2d_weight_block(x[b], tail, dy[b], dweight[b], padded[get_thread_id()])
+        t, margin = get_thread_id(), (dweight.shape[3] - 1) // 2
+        enter(x, b, tail, -margin, margin, padded, t)
+        conv2d_weight_block(padded[t], dy[b], dweight[b])
 
 
 @kernel
-def conv2d_weight_block(x, tail, dy, dweight, padded):
-    # x (C_in, H, W, LANES), dy (C_out, H, W, LANES), dweight (C_out, C_in, k, k)
-    margin = (dweight.shape[2] - 1) // 2
-    enter(x, tail, -margin, margin, padded)
+def conv2d_weight_block(padded, dy, dweight):
+    # padded (C_in, rows, columns, LANES), dy (C_out, H, W, LANES), dweight (C_out, C_in, k, k)
     for o in range(0, dweight.shape[0], 4):
         for i in range(0, dweight.shape[1], 2):
             for kh in range(dweight.shape[2]):
@@ -254,29 +252,31 @@ def dense_blocks(z, tail, weight, bias, start, started, y, scratch):
     # z (n_blocks, C, H, W, LANES), which the tail makes n_in = C * h * w features of
     # weight (n_out, n_in), bias (n_out,), scratch (n_threads, C, h, w, LANES)
     # y, start (n_blocks, n_out, LANES): `started` says to begin with `start`, not the bias
+    flat = scratch.reshape(scratch.shape[0], -1, LANES)
     for b in prange(z.shape[0]):
-        maps = scratch[get_thread_id()]
-        enter(z[b], tail, 0, 0, maps)
-        x = maps.reshape(-1, LANES)
+        t = get_thread_id()
+        enter(z, b, tail, 0, 0, scratch, t)
         for o in range(0, weight.shape[0], 4):
-            dense_tile(x, weight, bias, start[b], started, y[b], o)
+            dense_tile(flat, t, weight, bias, start, started, y, b, o)
 
 
 @kernel
-def dense_tile(x, weight, bias, start, started, y, o):
-    # x (n_in, LANES), weight (n_out, n_in), bias (n_out,), y, start (n_out, LANES): outputs o to o + 3
-    o1, o2, o3 = min(o + 1, y.shape[0] - 1), min(o + 2, y.shape[0] - 1), min(o + 3, y.shape[0] - 1)
+def dense_tile(x, t, weight, bias, start, started, y, n, o):
+    # x[t] (n_in, LANES), weight (n_out, n_in), bias (n_out,) -> outputs o to o + 3 of block n
+    # y, start (n_blocks, n_out, LANES)
+    last = y.shape[1] - 1
+    o1, o2, o3 = min(o + 1, last), min(o + 2, last), min(o + 3, last)
     a, b, c, d = fill(bias[o]), fill(bias[o1]), fill(bias[o2]), fill(bias[o3])
     if started:
-        a, b, c, d = load(start, (o,)), load(start, (o1,)), load(start, (o2,)), load(start, (o3,))
+        a, b, c, d = load(start, (n, o)), load(start, (n, o1)), load(start, (n, o2)), load(start, (n, o3))
     for i in range(weight.shape[1]):
-        x0 = load(x, (i,))
+        x0 = load(x, (t, i))
         a, b = multiply_add(weight[o, i], x0, a), multiply_add(weight[o1, i], x0, b)
         c, d = multiply_add(weight[o2, i], x0, c), multiply_add(weight[o3, i], x0, d)
-    store(y, (o,), a)
-    store(y, (o1,), b)
-    store(y, (o2,), c)
-    store(y, (o3,), d)
+    store(y, (n, o), a)
+    store(y, (n, o1), b)
+    store(y, (n, o2), c)
+    store(y, (n, o3), d)
 
 
 @parallel_kernel

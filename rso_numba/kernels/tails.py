@@ -33,72 +33,73 @@ def pooled_shape(shape, pool):
 
 
 @kernel
-def enter(z, tail, first, margin, padded):
-    # z (C, H, W, LANES) -> padded (C, n_rows, at least w + 2 * margin, LANES): from row `first` on what the
-    # tail makes of z, (C, h, w, LANES), in zeros where there is none
-    for c in range(z.shape[0]):
-        enter_channel(z, c, tail, first, margin, padded, c)
+def enter(z, b, tail, first, margin, padded, t):
+    # block b of z (n_blocks, C, H, W, LANES) -> padded[t] (C, n_rows, at least w + 2 * margin, LANES): from
+    # row `first` on what the tail makes of it, (C, h, w, LANES), in zeros where there is none
+    # (A view of one block would do, but each view is counted as a user of the array, all threads count in the
+    # same place, and wait for each other there.)
+    for c in range(z.shape[1]):
+        enter_channel(z, b, c, tail, first, margin, padded, t, c)
 
 
 @kernel
-def enter_channel(z, c, tail, first, margin, padded, c_padded):
-    # The same from channel c to channel c_padded. (A view of one channel would do, but each is counted as a
-    # user of the array, and all threads count in the same place.)
-    height, width = z.shape[1], z.shape[2]
+def enter_channel(z, b, c, tail, first, margin, padded, t, c_padded):
+    # the same from channel c to channel c_padded, which is also the channel of the tail
+    height, width = z.shape[2], z.shape[3]
     if tail.pool == MAX or tail.pool == MEAN:
         height, width = height // 2, width // 2
     elif tail.pool != KEEP:
         height, width = 1, 1
-    zero = fill(padded.dtype.type(0))
-    for i in range(padded.shape[1]):
+    zero, shift = fill(padded.dtype.type(0)), fill(tail.shift[c_padded])
+    for i in range(padded.shape[2]):
         for j in range(margin):
-            store(padded, (c_padded, i, j), zero)
-        for j in range(width, padded.shape[2] - margin):
-            store(padded, (c_padded, i, margin + j), zero)
+            store(padded, (t, c_padded, i, j), zero)
+        for j in range(width, padded.shape[3] - margin):
+            store(padded, (t, c_padded, i, margin + j), zero)
         if 0 <= first + i < height:
-            tail_row(z, c, tail, first + i, width, padded, c_padded, i, margin)
+            row = t, c_padded, i
+            tail_row(z, b, c, tail, tail.scale[c_padded], shift, first + i, width, padded, row, margin)
         else:
             for j in range(width):
-                store(padded, (c_padded, i, margin + j), zero)
+                store(padded, (t, c_padded, i, margin + j), zero)
 
 
 @formula
-def tail_row(z, c, tail, h, width, y, c_y, row, start):
-    """Write row h of what the tail makes of channel c of z (C, H, W, LANES) to y (C, rows, columns, ...)."""
+def tail_row(z, b, c, tail, scale, shift, h, width, y, row, start):
+    """Write row h of what the tail makes of channel c of block b of z to y[row], from `start` on."""
     # relu(max(a, b)) is max(relu(a), relu(b)), of which the former is less work.
-    scale, shift, relu = tail.scale[c], fill(tail.shift[c]), tail.relu
-    zero = fill(z.dtype.type(0))
-    n_rows = 1 if tail.pool == KEEP else 2 if tail.pool == MAX or tail.pool == MEAN else z.shape[1]
+    zero, relu = fill(z.dtype.type(0)), tail.relu
+    n_rows = 1 if tail.pool == KEEP else 2 if tail.pool == MAX or tail.pool == MEAN else z.shape[2]
     for i in range(n_rows * h, n_rows * h + n_rows):  # behind the last row of a channel is the next one
-        for w in range(z.shape[2]):
-            fetch(z, (c, i + AHEAD // z.shape[2], w))
+        for w in range(z.shape[3]):
+            fetch(z, (b, c, i + AHEAD // z.shape[3], w))
     if tail.pool == KEEP and relu:
         for w in range(width):
-            store(y, (c_y, row, start + w), larger(zero, multiply_add(scale, load(z, (c, h, w)), shift)))
+            store(y, (*row, start + w), larger(zero, multiply_add(scale, load(z, (b, c, h, w)), shift)))
     elif tail.pool == KEEP:
         for w in range(width):
-            store(y, (c_y, row, start + w), multiply_add(scale, load(z, (c, h, w)), shift))
+            store(y, (*row, start + w), multiply_add(scale, load(z, (b, c, h, w)), shift))
     elif tail.pool == MAX:
         for w in range(width):
-            v0 = multiply_add(scale, load(z, (c, 2 * h, 2 * w)), shift)
-            v1 = multiply_add(scale, load(z, (c, 2 * h, 2 * w + 1)), shift)
-            v2 = multiply_add(scale, load(z, (c, 2 * h + 1, 2 * w)), shift)
-            v3 = multiply_add(scale, load(z, (c, 2 * h + 1, 2 * w + 1)), shift)
+            v0 = multiply_add(scale, load(z, (b, c, 2 * h, 2 * w)), shift)
+            v1 = multiply_add(scale, load(z, (b, c, 2 * h, 2 * w + 1)), shift)
+            v2 = multiply_add(scale, load(z, (b, c, 2 * h + 1, 2 * w)), shift)
+            v3 = multiply_add(scale, load(z, (b, c, 2 * h + 1, 2 * w + 1)), shift)
             value = larger(larger(v0, v1), larger(v2, v3))
-            store(y, (c_y, row, start + w), larger(zero, value) if relu else value)
+            store(y, (*row, start + w), larger(zero, value) if relu else value)
     elif tail.pool == GLOBAL_MAX:
-        value = multiply_add(scale, load(z, (c, 0, 0)), shift)
-        for i in range(z.shape[1]):
-            for j in range(z.shape[2]):
-                value = larger(value, multiply_add(scale, load(z, (c, i, j)), shift))
-        store(y, (c_y, row, start), larger(zero, value) if relu else value)
+        value = multiply_add(scale, load(z, (b, c, 0, 0)), shift)
+        for i in range(z.shape[2]):
+            for j in range(z.shape[3]):
+                value = larger(value, multiply_add(scale, load(z, (b, c, i, j)), shift))
+        store(y, (*row, start), larger(zero, value) if relu else value)
     else:
-        size = 2 if tail.pool == MEAN else max(z.shape[1], z.shape[2])
+        size = 2 if tail.pool == MEAN else max(z.shape[2], z.shape[3])
         for w in range(width):
             total, n = zero, 0
-            for i in range(size * h, min(size * h + size, z.shape[1])):
-                for j in range(size * w, min(size * w + size, z.shape[2])):
-                    value = multiply_add(scale, load(z, (c, i, j)), shift)
+            for i in range(size * h, min(size * h + size, z.shape[2])):
+                for j in range(size * w, min(size * w + size, z.shape[3])):
+                    value = multiply_add(scale, load(z, (b, c, i, j)), shift)
                     total = add(larger(zero, value) if relu else value, total)
                     n += 1
-            store(y, (c_y, row, start + w), multiply_add(z.dtype.type(1) / z.dtype.type(n), total, zero))
+            store(y, (*row, start + w), multiply_add(z.dtype.type(1) / z.dtype.type(n), total, zero))
