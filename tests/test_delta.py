@@ -97,6 +97,28 @@ def test_what_is_far_behind_is_computed_anew(name, monkeypatch, rng):
     test_a_whole_round_decides_alike(name, "weight", "notebook", rng)
 
 
+@pytest.mark.parametrize("name", CHAINS)
+def test_z_is_kept_if_filters_have_many_taps(name, monkeypatch, rng):
+    monkeypatch.setattr(delta_module, "FEW_TAPS", 0)  # the filters of small networks all have few
+    test_every_weight_before_and_after_accepted_changes(name, 16, rng)
+    test_a_whole_round_decides_alike(name, "weight", "notebook", rng)
+
+
+def test_a_loss_that_is_known_is_not_computed_again(digits, monkeypatch):
+    network = build("two_conv", (1, 8, 8), rng=0)
+    full, delta = FullForward(network), DeltaForward(network)
+    parameter, index = network.parameters()[0], (3, 0, 1, 1)
+    for judge in (full, delta):
+        judge.set_batch(digits.train_images[:50], digits.train_labels[:50])
+    first = delta.losses(parameter, index, (parameter.value[index], 0.5, -0.5))
+    delta.keep(parameter, index, 0.5)
+    finished = []
+    monkeypatch.setattr(delta, "_finish", lambda *a: finished.append(a) or DeltaForward._finish(delta, *a))
+    second = delta.losses(parameter, index, (0.5, 1.0, -1.0))
+    assert len(finished) == 2 and second[0] == first[1]
+    np.testing.assert_allclose(second, full.losses(parameter, index, (0.5, 1.0, -1.0)), rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["one_conv", "two_conv", "paper_mnist"])
 def test_what_is_remembered_does_not_drift(name, digits):
     network = build(name, (1, 8, 8), rng=0)

@@ -7,7 +7,7 @@ channel k; the next stage adds what that channel contributes to its output z_nex
 in full. In the last stage z are the logits, and the loss has a closed form.
 
 For each mini-batch that comes back, x, z and z_next of the stage that is being searched are kept, and a log
-of the changes that were kept brings them up to date in the same way.
+of the changes of weights that were kept brings them up to date in the same way when it does.
 """
 
 from dataclasses import dataclass, field

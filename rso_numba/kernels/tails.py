@@ -88,10 +88,15 @@ def tail_row(z, b, c, tail, scale, shift, h, width, y, row, start):
             value = larger(larger(v0, v1), larger(v2, v3))
             store(y, (*row, start + w), larger(zero, value) if relu else value)
     elif tail.pool == GLOBAL_MAX:
-        value = multiply_add(scale, load(z, (b, c, 0, 0)), shift)
-        for i in range(z.shape[2]):
+        v0 = v1 = v2 = v3 = multiply_add(scale, load(z, (b, c, 0, 0)), shift)
+        last = z.shape[2] - 1
+        for i in range(0, z.shape[2], 4):  # four rows at once, so that one need not wait for the other
             for j in range(z.shape[3]):
-                value = larger(value, multiply_add(scale, load(z, (b, c, i, j)), shift))
+                v0 = larger(v0, multiply_add(scale, load(z, (b, c, i, j)), shift))
+                v1 = larger(v1, multiply_add(scale, load(z, (b, c, min(i + 1, last), j)), shift))
+                v2 = larger(v2, multiply_add(scale, load(z, (b, c, min(i + 2, last), j)), shift))
+                v3 = larger(v3, multiply_add(scale, load(z, (b, c, min(i + 3, last), j)), shift))
+        value = larger(larger(v0, v1), larger(v2, v3))
         store(y, (*row, start), larger(zero, value) if relu else value)
     else:
         size = 2 if tail.pool == MEAN else max(z.shape[2], z.shape[3])
