@@ -39,7 +39,8 @@ def change_of_channel(x, taps, amounts, size, step, z=None, k=0, mean=None, n_im
     Parameters
     ----------
     x, z : ndarray (n_blocks, C_in, step * h, step * w, LANES), (n_blocks, C_out, h, w, LANES)
-        Input and output of the convolution; step is 2 with a merged average pool.
+        Input and output of the convolution; step is 2 with a merged average pool. z is only read for the
+        moments.
     taps, amounts : ndarray (n, 3) int, (n,)
         Input channel (negative: the bias), row and column of each weight, and what is added to it.
     size : int
@@ -101,7 +102,7 @@ def filter_block(x, b, tail, bias, filters, is_used, step, padded, u, t):
                     for w in range(x.shape[3]):
                         fetch(x, (ahead, c, row, w))
                 for w in range(0, u.shape[2], 8):
-                    if size == 3 and step == 1:  # with its loops unrolled, a tile takes half the time
+                    if size == 3 and step == 1:  # constants, for loops that can be unrolled
                         filter_tile(padded, t, filters, c, u, h, w, 3, 1)
                     elif size == 4 and step == 2:
                         filter_tile(padded, t, filters, c, u, h, w, 4, 2)

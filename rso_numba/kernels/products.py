@@ -18,7 +18,7 @@ from .norms import around_mean, count_pixels, real_lanes
 from .tails import enter
 
 TILE = 4  # output channels, and pixels, of a tile of the convolution
-STRIP = 2**18  # bytes of padded input that one thread works on at once: a part of its second-level cache
+STRIP = 300_000  # bytes of padded input that one thread works on at once: a part of its second-level cache
 
 Filters = namedtuple("Filters", "weight bias")
 
@@ -74,7 +74,7 @@ def conv2d_block(b, t, z, tail, filters, start, started, stride, streamed, n_lan
     margin = (size - 1) // 2  # also of 4x4 filters, which an average pool was merged into
     n_rows = (padded.shape[2] - size) // stride + 1
     is_real, nothing, n_tiles = real_lanes(y, n_lanes), fill(y.dtype.type(0)), sums.shape[1] // TILE
-    # all as flat pixels, once for a block: a view costs as much as a tile
+    # all as flat pixels, and once for a block, because it takes time to make a view
     ahead = min(b + 1, z.shape[0] - 1)
     z_ahead, start_ahead = z[ahead].reshape(-1, LANES), start[ahead].reshape(-1, LANES)
     x, begin = padded[t].reshape(padded.shape[1], -1, LANES), start[b].reshape(y.shape[1], -1, LANES)
