@@ -97,7 +97,7 @@ def test_what_is_far_behind_is_computed_anew(name, monkeypatch, rng):
     test_a_whole_round_decides_alike(name, "weight", "notebook", rng)
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", ["one_conv", "original", "paper_mnist", "two dense, 1x1, late BatchNorm"])
 def test_z_is_kept_if_filters_have_many_taps(name, monkeypatch, rng):
     monkeypatch.setattr(delta_module, "FEW_TAPS", 0)  # the filters of small networks all have few
     test_every_weight_before_and_after_accepted_changes(name, 16, rng)
