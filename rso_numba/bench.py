@@ -233,7 +233,6 @@ class Visit:
         means = [np.mean(self.seconds[start : start + block]) for start in starts]
         return float(sum(self.seconds[:n_first]) + (self.n_weights - n_first) * np.median(means))
 
-
     def rounds(self):
         """Return the seconds of every whole round."""
         return np.reshape(self.seconds, (-1, self.n_weights)).sum(axis=1)

@@ -207,11 +207,11 @@ class DeltaForward:
             batch.statistics.update(statistics)
         self._follow(batch)
         self.tried, losses = [], np.full(len(candidates), batch.loss)
-        place = None
+        if not steps.any():
+            return losses
+        place = self._place(batch, channel)
+        u, moments = self._u(batch, place, channel, where, np.ones(1, np.float32))
         for i in np.flatnonzero(steps):
-            if place is None:
-                place = self._place(batch, channel)
-                u, moments = self._u(batch, place, channel, where, np.ones(1, np.float32))
             parameter.value[index] = candidates[i]
             amount = steps[i] if where[0, 1] != NO_TAP else np.float32(0)
             change = self._change(batch, place, channel, u, moments, amount)
