@@ -16,7 +16,7 @@ from .memory import empty
 from .norms import moment_block
 from .products import padded_scratch
 from .softmax import fast_exp
-from .tails import enter, enter_channel, no_tail, pooled_shape
+from .tails import enter, no_tail, pooled_shape
 
 ZERO = np.float32(0)
 ONE = np.float32(1)
@@ -83,7 +83,7 @@ def filter_blocks(x, taps, amounts, step, tail, filters, u, z, k, mean, n_images
             for w in range(u.shape[3]):
                 store(u, (b, 0, h, w), load(room, (t, h, w)))
         if sums.shape[1] > 0:
-            sums[0, b], sums[1, b], sums[2, b] = moment_block(z[b, k], u[b, 0], mean, n_images - b * LANES)
+            sums[0, b], sums[1, b], sums[2, b] = moment_block(z, b, k, u, 0, mean, n_images - b * LANES)
 
 
 @kernel
@@ -96,7 +96,7 @@ def filter_block(x, b, tail, bias, filters, is_used, step, padded, u, t):
             store(u, (t, h, w), fill(bias))
     for c in range(x.shape[1]):
         if is_used[c]:
-            enter_channel(x, b, c, tail, -((size - 1) // 2), (size - 1) // 2, padded, t, 0)
+            enter(x, b, c, 1, tail, -((size - 1) // 2), (size - 1) // 2, padded, t)
             for h in range(u.shape[1]):
                 for row in range(step * h, step * h + step):
                     for w in range(x.shape[3]):
@@ -196,8 +196,8 @@ def change_blocks(z, k, u, amount, before, after, changed, old, change):
     for b in prange(z.shape[0]):
         t = get_thread_id()
         sum_block(z, b, k, u, amount, changed, t, 0)
-        enter(changed, t, after, 0, 0, change, b)
-        enter_channel(z, b, k, before, 0, 0, old, t, 0)
+        enter(changed, t, 0, 1, after, 0, 0, change, b)
+        enter(z, b, k, 1, before, 0, 0, old, t)
         for h in range(change.shape[2]):
             for w in range(change.shape[3]):
                 difference = multiply_add(-ONE, load(old, (t, 0, h, w)), load(change, (b, 0, h, w)))

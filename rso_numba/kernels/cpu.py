@@ -49,6 +49,7 @@ from .products import (
 )
 from .softmax import cross_entropy_blocks, cross_entropy_gradient_blocks, loss_blocks
 from .tails import enter, no_tail, pooled_shape
+from .winograd import pays, winograd_blocks, winograd_scratch
 
 ZERO = np.float32(0)
 STREAMED = 2**23  # bytes: larger outputs of a convolution are written past the caches
@@ -140,10 +141,14 @@ def conv2d_stage(z, tail, weight, bias, n_images, start=None, stride=1, y=None):
         y = empty((len(z), len(weight), shape[1] // stride, shape[2] // stride, LANES), z.dtype)
     statistics = np.empty((2, 0 if n_images is None else len(z), len(weight)))
     filters, started, streamed = side_by_side(weight, bias), start is not None, y.nbytes > STREAMED
-    padded = padded_scratch(shape, weight.shape[2], stride, z.dtype)
     sums = empty((get_num_threads(), len(filters.bias), 3, LANES), z.dtype)
-    conv2d_blocks(z, tail, filters, start if started else y, started, stride, streamed, n_images or 0,
-                  y, statistics, padded, sums)
+    if not started and stride == 1 and pays(weight, shape):
+        scratch = winograd_scratch(shape, filters, z.dtype)
+        winograd_blocks(z, tail, filters, streamed, n_images or 0, y, statistics, *scratch, sums)
+    else:
+        padded = padded_scratch(shape, weight.shape[2], stride, z.dtype)
+        conv2d_blocks(z, tail, filters, start if started else y, started, stride, streamed, n_images or 0,
+                      y, statistics, padded, sums)
     return y, None if n_images is None else mean_and_variance(statistics, n_images, y)
 
 
@@ -158,7 +163,7 @@ def apply_tail(z, tail):
 def tail_blocks(z, tail, y):
     # z (n_blocks, C, H, W, LANES), y (n_blocks, C, h, w, LANES)
     for b in prange(z.shape[0]):
-        enter(z, b, tail, 0, 0, y, b)
+        enter(z, b, 0, z.shape[1], tail, 0, 0, y, b)
 
 
 def conv2d_backward(x, weight, dy, wants_dx=True):
@@ -215,7 +220,7 @@ def batchnorm_statistics(x, n_images):
 def all_statistics(x, n_images):
     """Return sums and sums of squares around the mean, (2, n_blocks, C) float64."""
     statistics = np.empty((2, *x.shape[:2]))
-    statistics_blocks(as_maps(x), n_images, statistics)
+    statistics_blocks(by_channel(x), n_images, statistics)
     return statistics
 
 

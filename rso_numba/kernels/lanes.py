@@ -124,13 +124,42 @@ def fill(typing_context, number):
 
 
 @intrinsic
+def first_lanes(typing_context, n, one):
+    """Return `one` in the first n lanes, those of images, and 0 in the others."""
+
+    def generate(context, builder, signature, arguments):
+        numbers = ir.Constant(ir.VectorType(ir.IntType(64), LANES), list(range(LANES)))
+        count = _broadcast(builder, context.cast(builder, arguments[0], n, types.int64), numbers.type)
+        ones = _broadcast(builder, arguments[1], context.get_value_type(signature.return_type))
+        return builder.select(builder.icmp_signed("<", numbers, count), ones, ir.Constant(ones.type, None))
+
+    return Lanes(one)(n, one), generate
+
+
+def _as_lanes(context, builder, number, number_type, lanes_type):
+    if isinstance(number_type, Lanes):
+        return number
+    number = context.cast(builder, number, number_type, lanes_type.dtype)
+    return _broadcast(builder, number, context.get_value_type(lanes_type))
+
+
+@intrinsic
+def multiply(typing_context, a, x):
+    """Return a * x, where a is a number or a Lanes, and x is a Lanes."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.fmul(_as_lanes(context, builder, arguments[0], a, x), arguments[1], flags=("contract",))
+
+    return x(a, x), generate
+
+
+@intrinsic
 def multiply_add(typing_context, a, x, total):
     """Return a * x + total in one instruction, where a is a number or a Lanes, and x and total are Lanes."""
 
     def generate(context, builder, signature, arguments):
         a_value, x_value, total_value = arguments
-        if not isinstance(a, Lanes):
-            a_value = _broadcast(builder, a_value, x_value.type)
+        a_value = _as_lanes(context, builder, a_value, a, x)
         product = builder.fmul(a_value, x_value, flags=("contract",))
         return builder.fadd(product, total_value, flags=("contract",))
 
@@ -207,9 +236,17 @@ if numba.config.DISABLE_JIT:  # the same in plain Python, on arrays of LANES num
         """Return LANES copies of a number."""
         return np.full(LANES, number)
 
+    def first_lanes(n, one):  # noqa: F811
+        """Return `one` in the first n lanes and 0 in the others."""
+        return np.where(np.arange(LANES) < n, one, 0 * one)
+
+    def multiply(a, x):  # noqa: F811
+        """Return a * x."""
+        return x.dtype.type(a) * x if np.ndim(a) == 0 else a * x
+
     def multiply_add(a, x, total):  # noqa: F811
         """Return a * x + total."""
-        return a * x + total
+        return multiply(a, x) + total
 
     def add(a, b):  # noqa: F811
         """Return a + b."""

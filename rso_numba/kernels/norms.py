@@ -8,7 +8,7 @@ from numba import prange
 
 from . import formulas
 from .compiling import formula, kernel, parallel_kernel
-from .lanes import LANES, add, add_up, fill, load, multiply_add, store
+from .lanes import LANES, add, add_up, fill, first_lanes, load, multiply, multiply_add, store
 
 ZERO = np.float32(0)
 
@@ -17,54 +17,44 @@ batchnorm_gradient = formula(formulas.batchnorm_gradient)
 
 @parallel_kernel
 def statistics_blocks(x, n_images, statistics):
-    # x (n_blocks, C, H, W, LANES), statistics (2, n_blocks, C)
+    # x (n_blocks, C, n_pixels, LANES), statistics (2, n_blocks, C)
     for b in prange(x.shape[0]):
         for c in range(x.shape[1]):
-            statistics[0, b, c], statistics[1, b, c] = block_statistics(x[b, c], n_images - b * LANES)
+            statistics[0, b, c], statistics[1, b, c] = block_statistics(x, b, c, n_images - b * LANES)
 
 
 @kernel
-def block_statistics(x, n_lanes):
-    # x (H, W, LANES) -> sum, and sum of squares around the mean, over the first n_lanes lanes (or all)
-    x = x.reshape(-1, LANES)
+def block_statistics(x, b, c, n_lanes):
+    # channel c of block b of x -> sum, and sum of squares around the mean, over the first n_lanes lanes (or all)
     zero = x.dtype.type(0)
     if n_lanes >= LANES:
-        total = deviations(x, zero, False)
-        return total, deviations(x, x.dtype.type(total / (x.shape[0] * LANES)), True)
-    total = moment(x, zero, 1, n_lanes)
-    return total, moment(x, x.dtype.type(total / (x.shape[0] * n_lanes)), 2, n_lanes)
-
-
-@kernel
-def real_lanes(x, n_lanes):
-    # 1 in the first n_lanes lanes, which hold images, and 0 in the others, in the type of x
-    lanes = np.empty(LANES, x.dtype)
-    for lane in range(LANES):
-        lanes[lane] = 1 if lane < n_lanes else 0
-    return load(lanes, ())
+        total = deviations(x, b, c, zero, False)
+        return total, deviations(x, b, c, x.dtype.type(total / (x.shape[2] * LANES)), True)
+    total = moment(x, b, c, zero, 1, n_lanes)
+    return total, moment(x, b, c, x.dtype.type(total / (x.shape[2] * n_lanes)), 2, n_lanes)
 
 
 @formula
-def count_pixels(sums, c, is_first, counts, v0, v1, v2, v3):
-    """Count four pixels of channel c of a block in sums (C, 3, LANES); `counts` are 1 or 0 for each of them.
+def count_pixels(sums, t, c, is_first, counts, values):
+    """Count four pixels of channel c of a block in sums[t] (C, 3, LANES); `counts` are 1 or 0 for each of them.
 
     sums holds minus the center, and the sums of value - center and of its square. The center is the mean of
     the first four pixels: as good as the mean, unless they differ from it by many standard deviations.
     """
-    none = fill(sums.dtype.type(0))
+    none, (v0, v1, v2, v3) = fill(sums.dtype.type(0)), values
     if is_first:
-        total = multiply_add(counts[0], v0, multiply_add(counts[1], v1, none))
+        total = multiply_add(counts[0], v0, multiply(counts[1], v1))
         total = multiply_add(counts[2], v2, multiply_add(counts[3], v3, total))
         n = add_up(add(add(counts[0], counts[1]), add(counts[2], counts[3])))
-        store(sums, (c, 0), fill(-add_up(total) / n))
-        store(sums, (c, 1), none)
-        store(sums, (c, 2), none)
-    center, total, squares = load(sums, (c, 0)), load(sums, (c, 1)), load(sums, (c, 2))
-    v0, v1 = multiply_add(counts[0], add(v0, center), none), multiply_add(counts[1], add(v1, center), none)
-    v2, v3 = multiply_add(counts[2], add(v2, center), none), multiply_add(counts[3], add(v3, center), none)
-    store(sums, (c, 1), add(add(v0, v1), add(add(v2, v3), total)))
+        store(sums, (t, c, 0), fill(-add_up(total) / n))
+        store(sums, (t, c, 1), none)
+        store(sums, (t, c, 2), none)
+    center, total, squares = load(sums, (t, c, 0)), load(sums, (t, c, 1)), load(sums, (t, c, 2))
+    v0, v1 = multiply(counts[0], add(v0, center)), multiply(counts[1], add(v1, center))
+    v2, v3 = multiply(counts[2], add(v2, center)), multiply(counts[3], add(v3, center))
+    store(sums, (t, c, 1), add(add(v0, v1), add(add(v2, v3), total)))
     squares = multiply_add(v0, v0, multiply_add(v1, v1, squares))
-    store(sums, (c, 2), multiply_add(v2, v2, multiply_add(v3, v3, squares)))
+    store(sums, (t, c, 2), multiply_add(v2, v2, multiply_add(v3, v3, squares)))
 
 
 @kernel
@@ -78,25 +68,25 @@ def around_mean(sums, t, c, count):
 
 
 @kernel
-def deviations(x, center, squared):
-    # x (n_pixels, LANES) -> sum of x - center or of its square: 32 pixels in the type of x, then in float64
+def deviations(x, b, c, center, squared):
+    # x[b, c] (n_pixels, LANES) -> sum of x - center or of its square: 32 pixels in the type of x, then in float64
     result = 0.0
-    for first in range(0, x.shape[0], 32):
+    for first in range(0, x.shape[2], 32):
         total = fill(x.dtype.type(0))
-        for p in range(first, min(first + 32, x.shape[0])):
-            deviation = add(load(x, (p,)), fill(-center))
+        for p in range(first, min(first + 32, x.shape[2])):
+            deviation = add(load(x, (b, c, p)), fill(-center))
             total = multiply_add(deviation, deviation, total) if squared else add(deviation, total)
         result += add_up(total)
     return result
 
 
 @kernel
-def moment(x, center, power, n_lanes):
-    # x (n_pixels, LANES) -> sum of (x - center) ** power over the first n_lanes lanes, power 1 or 2
+def moment(x, b, c, center, power, n_lanes):
+    # x[b, c] (n_pixels, LANES) -> sum of (x - center) ** power over the first n_lanes lanes, power 1 or 2
     total = 0.0
-    for p in range(x.shape[0]):
+    for p in range(x.shape[2]):
         for lane in range(LANES):
-            difference = np.float64(x[p, lane] - center) if lane < n_lanes else 0.0
+            difference = np.float64(x[b, c, p, lane] - center) if lane < n_lanes else 0.0
             total += difference if power == 1 else difference * difference
     return total
 
@@ -107,22 +97,22 @@ def product_blocks(x, dy, mean, inverse_std, n_images, sums):
     # sums (2, n_blocks, C): of dy, and of dy * normalized x
     for b in prange(x.shape[0]):
         for c in range(x.shape[1]):
-            sums[0, b, c], product, _ = moment_block(x[b, c], dy[b, c], mean[c], n_images - b * LANES)
+            sums[0, b, c], product, _ = moment_block(x, b, c, dy, c, mean[c], n_images - b * LANES)
             sums[1, b, c] = product * inverse_std[c]
 
 
 @kernel
-def moment_block(z, u, mean, n_lanes):
-    # z, u (H, W, LANES) -> sums of u, (z - mean) u and u u over the first n_lanes lanes (or all): row by row
-    # in the type of u, then in float64
-    zero, is_real = u.dtype.type(0), real_lanes(u, n_lanes)
+def moment_block(z, b, k, u, k_u, mean, n_lanes):
+    # block b of channel k of z and k_u of u, (n_blocks, C, H, W, LANES) -> sums of u, (z - mean) u and u u over
+    # the first n_lanes lanes (or all): row by row in the type of u, then in float64
+    zero, is_real = u.dtype.type(0), first_lanes(n_lanes, u.dtype.type(1))
     total_u = total_zu = total_uu = 0.0
-    for h in range(u.shape[0]):
+    for h in range(u.shape[2]):
         row_u = row_zu = row_uu = fill(zero)
-        for w in range(u.shape[1]):
-            value = multiply_add(is_real, load(u, (h, w)), fill(zero))
+        for w in range(u.shape[3]):
+            value = multiply(is_real, load(u, (b, k_u, h, w)))
             row_u = add(value, row_u)
-            row_zu = multiply_add(add(load(z, (h, w)), fill(-mean)), value, row_zu)
+            row_zu = multiply_add(add(load(z, (b, k, h, w)), fill(-mean)), value, row_zu)
             row_uu = multiply_add(value, value, row_uu)
         total_u += add_up(row_u)
         total_zu += add_up(row_zu)

@@ -12,15 +12,16 @@ import numpy as np
 from numba import get_num_threads, get_thread_id, prange
 
 from .compiling import formula, kernel, parallel_kernel
-from .lanes import LANES, add_up, fetch, fill, load, multiply_add, settle, store, stream
+from .lanes import LANES, add_up, fetch, fill, first_lanes, load, multiply_add, settle, store, stream
 from .memory import empty
-from .norms import around_mean, count_pixels, real_lanes
+from .norms import around_mean, count_pixels
 from .tails import enter
 
 TILE = 4  # output channels, and pixels, of a tile of the convolution
 STRIP = 300_000  # bytes of padded input that one thread works on at once: a part of its second-level cache
 
 Filters = namedtuple("Filters", "weight bias")
+Flat = namedtuple("Flat", "z x start y")  # views of a convolution's arrays whose pixels are one axis
 
 
 def padded_scratch(shape, size, stride, dtype, strips=True):
@@ -30,7 +31,7 @@ def padded_scratch(shape, size, stride, dtype, strips=True):
     them, the same pixels of many rows would compete for the same places of the cache.
     """
     n_channels, height, width = shape
-    width = (width + size - 1) | 1
+    width = (width - stride + size) | 1
     n_outputs = height // stride
     if strips:
         n_rows = STRIP // (n_channels * width * LANES * np.dtype(dtype).itemsize)
@@ -57,10 +58,14 @@ def conv2d_blocks(z, tail, filters, start, started, stride, streamed, n_images, 
     # `streamed` to write y past the caches
     # statistics (2, n_blocks, C_out), or of no blocks if nobody asks: see `norms.py`
     # padded (n_threads, C_in, rows, columns, LANES), sums (n_threads, C, 3, LANES)
+    # Views are made here and not for each block: a view is counted as a user of its array, all threads count in
+    # the same place, and wait for each other there.
+    flat = Flat(z.reshape(len(z), -1, LANES), padded.reshape(len(padded), padded.shape[1], -1, LANES),
+                start.reshape(len(start), start.shape[1], -1, LANES), y.reshape(len(y), y.shape[1], -1, LANES))
     for b in prange(z.shape[0]):
         t, is_counted = get_thread_id(), statistics.shape[1] > 0
         n_lanes = min(n_images - b * LANES, LANES) if is_counted else 0
-        conv2d_block(b, t, z, tail, filters, start, started, stride, streamed, n_lanes, y, padded, sums)
+        conv2d_block(b, t, z, tail, filters, started, stride, streamed, n_lanes, y.shape[2:4], padded, flat, sums)
         if is_counted:
             count = y.shape[2] * y.shape[3] * n_lanes
             for o in range(y.shape[1]):
@@ -68,21 +73,17 @@ def conv2d_blocks(z, tail, filters, start, started, stride, streamed, n_images, 
 
 
 @kernel
-def conv2d_block(b, t, z, tail, filters, start, started, stride, streamed, n_lanes, y, padded, sums):
-    # block b of the arrays above, in thread t; n_lanes hold images, 0 if nothing is counted
-    size, width, columns = filters.weight.shape[1], y.shape[3], padded.shape[3]
+def conv2d_block(b, t, z, tail, filters, started, stride, streamed, n_lanes, shape, padded, flat, sums):
+    # block b of the arrays above, in thread t; shape is (h, w) of y; n_lanes hold images, 0 if nothing is counted
+    size, (height, width), columns = filters.weight.shape[1], shape, padded.shape[3]
     margin = (size - 1) // 2  # also of 4x4 filters, which an average pool was merged into
     n_rows = (padded.shape[2] - size) // stride + 1
-    is_real, nothing, n_tiles = real_lanes(y, n_lanes), fill(y.dtype.type(0)), sums.shape[1] // TILE
-    # all as flat pixels, and once for a block, because it takes time to make a view
-    ahead = min(b + 1, z.shape[0] - 1)
-    z_ahead, start_ahead = z[ahead].reshape(-1, LANES), start[ahead].reshape(-1, LANES)
-    x, begin = padded[t].reshape(padded.shape[1], -1, LANES), start[b].reshape(y.shape[1], -1, LANES)
-    out, sums = y[b].reshape(y.shape[1], -1, LANES), sums[t]
-    part, share = 0, len(z_ahead) // (n_tiles * max(1, out.shape[1] // TILE)) + 1
-    for first in range(0, y.shape[2], n_rows):  # strip by strip
-        enter(z, b, tail, stride * first - margin, margin, padded, t)
-        end = min(first + n_rows, y.shape[2]) * width
+    is_real, nothing = first_lanes(n_lanes, sums.dtype.type(1)), fill(sums.dtype.type(0))
+    n_tiles, ahead = sums.shape[1] // TILE, min(b + 1, len(z) - 1)
+    part, share = 0, flat.z.shape[1] // (n_tiles * max(1, height * width // TILE)) + 1
+    for first in range(0, height, n_rows):  # strip by strip
+        enter(z, b, 0, z.shape[1], tail, stride * first - margin, margin, padded, t)
+        end = min(first + n_rows, height) * width
         for p in range(first * width, end, TILE):
             pixels = p, min(p + 1, end - 1), min(p + 2, end - 1), min(p + 3, end - 1)
             at = (inside(pixels[0], first, width, stride, columns),
@@ -92,12 +93,10 @@ def conv2d_block(b, t, z, tail, filters, start, started, stride, streamed, n_lan
             counts = (is_real, is_real if p + 1 < end else nothing, is_real if p + 2 < end else nothing,
                       is_real if p + 3 < end else nothing)
             for tile in range(n_tiles):
-                fetch_part(z_ahead, part, share)
-                if started:
-                    fetch_part(start_ahead, part, TILE * TILE)
+                fetch_part(flat.z, ahead, part, share)
                 part += 1
-                conv2d_tile(x, at, columns, filters, begin, started, TILE * tile, pixels, streamed,
-                            out, n_lanes > 0, counts, sums)
+                conv2d_tile(flat, b, t, ahead, at, columns, filters, started, TILE * tile, pixels, streamed,
+                            n_lanes > 0, counts, sums)
     settle()
 
 
@@ -109,78 +108,93 @@ def inside(p, first, width, stride, columns):
 
 
 @formula
-def fetch_part(pixels, part, size):
-    """Ask for one of the parts of pixels (n, LANES), each of `size` pixels."""
-    for i in range(part * size, min(part * size + size, len(pixels))):
-        fetch(pixels, (i,))
+def fetch_part(pixels, b, part, size):
+    """Ask for one of the parts of block b of pixels (n_blocks, n, LANES), each of `size` pixels."""
+    for i in range(part * size, min(part * size + size, pixels.shape[1])):
+        fetch(pixels, (b, i))
 
 
 @formula
-def conv2d_tile(x, at, columns, filters, start, started, o, pixels, streamed, y, is_counted, counts, sums):
+def conv2d_tile(flat, b, t, ahead, at, columns, filters, started, o, pixels, streamed, is_counted, counts, sums):
     """Compute output channels o to o + 3 of four pixels.
 
     These are 16 sums, so that 4 pixels and 4 weights fetched from memory serve 16 multiplications.
     """
-    # x (C_in, rows * columns, LANES), start, y (C_out, n_pixels, LANES), sums (C, 3, LANES)
-    weight, bias, last = filters.weight, filters.bias, y.shape[0] - 1
+    # flat.x (n_threads, C_in, rows * columns, LANES), flat.start, flat.y (n_blocks, C_out, n_pixels, LANES)
+    # sums (n_threads, C, 3, LANES)
+    weight, bias, last = filters.weight, filters.bias, flat.y.shape[1] - 1
     o1, o2, o3 = min(o + 1, last), min(o + 2, last), min(o + 3, last)
-    a0 = a1 = a2 = a3 = fill(bias[o])
-    b0 = b1 = b2 = b3 = fill(bias[o + 1])
-    c0 = c1 = c2 = c3 = fill(bias[o + 2])
-    d0 = d1 = d2 = d3 = fill(bias[o + 3])
+    y0, y1 = four_times(fill(bias[o])), four_times(fill(bias[o + 1]))
+    y2, y3 = four_times(fill(bias[o + 2])), four_times(fill(bias[o + 3]))
     if started:
-        a0, a1, a2, a3 = load_pixels(start, o, pixels)
-        b0, b1, b2, b3 = load_pixels(start, o1, pixels)
-        c0, c1, c2, c3 = load_pixels(start, o2, pixels)
-        d0, d1, d2, d3 = load_pixels(start, o3, pixels)
+        y0, y1 = load_pixels(flat.start, b, o, pixels), load_pixels(flat.start, b, o1, pixels)
+        y2, y3 = load_pixels(flat.start, b, o2, pixels), load_pixels(flat.start, b, o3, pixels)
+        fetch_pixels(flat.start, ahead, o, pixels)
+        fetch_pixels(flat.start, ahead, o1, pixels)
+        fetch_pixels(flat.start, ahead, o2, pixels)
+        fetch_pixels(flat.start, ahead, o3, pixels)
     for i in range(weight.shape[0]):
         for kh in range(weight.shape[1]):
             for kw in range(weight.shape[2]):
                 tap = kh * columns + kw
-                x0, x1 = load(x, (i, at[0] + tap)), load(x, (i, at[1] + tap))
-                x2, x3 = load(x, (i, at[2] + tap)), load(x, (i, at[3] + tap))
-                u = weight[i, kh, kw, o]
-                a0, a1 = multiply_add(u, x0, a0), multiply_add(u, x1, a1)
-                a2, a3 = multiply_add(u, x2, a2), multiply_add(u, x3, a3)
-                u = weight[i, kh, kw, o + 1]
-                b0, b1 = multiply_add(u, x0, b0), multiply_add(u, x1, b1)
-                b2, b3 = multiply_add(u, x2, b2), multiply_add(u, x3, b3)
-                u = weight[i, kh, kw, o + 2]
-                c0, c1 = multiply_add(u, x0, c0), multiply_add(u, x1, c1)
-                c2, c3 = multiply_add(u, x2, c2), multiply_add(u, x3, c3)
-                u = weight[i, kh, kw, o + 3]
-                d0, d1 = multiply_add(u, x0, d0), multiply_add(u, x1, d1)
-                d2, d3 = multiply_add(u, x2, d2), multiply_add(u, x3, d3)
-    store_pixels(y, o, pixels, streamed, a0, a1, a2, a3)
-    store_pixels(y, o1, pixels, streamed, b0, b1, b2, b3)
-    store_pixels(y, o2, pixels, streamed, c0, c1, c2, c3)
-    store_pixels(y, o3, pixels, streamed, d0, d1, d2, d3)
+                x = load_pixels(flat.x, t, i, (at[0] + tap, at[1] + tap, at[2] + tap, at[3] + tap))
+                y0 = plus(weight[i, kh, kw, o], x, y0)
+                y1 = plus(weight[i, kh, kw, o + 1], x, y1)
+                y2 = plus(weight[i, kh, kw, o + 2], x, y2)
+                y3 = plus(weight[i, kh, kw, o + 3], x, y3)
+    store_pixels(flat.y, b, o, pixels, streamed, y0)
+    store_pixels(flat.y, b, o1, pixels, streamed, y1)
+    store_pixels(flat.y, b, o2, pixels, streamed, y2)
+    store_pixels(flat.y, b, o3, pixels, streamed, y3)
     if is_counted:
-        count_pixels(sums, o, pixels[0] == 0, counts, a0, a1, a2, a3)
-        count_pixels(sums, o + 1, pixels[0] == 0, counts, b0, b1, b2, b3)
-        count_pixels(sums, o + 2, pixels[0] == 0, counts, c0, c1, c2, c3)
-        count_pixels(sums, o + 3, pixels[0] == 0, counts, d0, d1, d2, d3)
+        count_pixels(sums, t, o, pixels[0] == 0, counts, y0)
+        count_pixels(sums, t, o + 1, pixels[0] == 0, counts, y1)
+        count_pixels(sums, t, o + 2, pixels[0] == 0, counts, y2)
+        count_pixels(sums, t, o + 3, pixels[0] == 0, counts, y3)
 
 
 @formula
-def load_pixels(y, o, pixels):
-    """Return four pixels of channel o."""
-    return load(y, (o, pixels[0])), load(y, (o, pixels[1])), load(y, (o, pixels[2])), load(y, (o, pixels[3]))
+def four_times(value):
+    """Return four of the same."""
+    return value, value, value, value
 
 
 @formula
-def store_pixels(y, o, pixels, streamed, v0, v1, v2, v3):
-    """Store four pixels of channel o."""
+def plus(weight, x, totals):
+    """Return totals + weight * x, four Lanes each."""
+    return (multiply_add(weight, x[0], totals[0]), multiply_add(weight, x[1], totals[1]),
+            multiply_add(weight, x[2], totals[2]), multiply_add(weight, x[3], totals[3]))
+
+
+@formula
+def load_pixels(x, n, c, pixels):
+    """Return four pixels of channel c of x[n]."""
+    return (load(x, (n, c, pixels[0])), load(x, (n, c, pixels[1])),
+            load(x, (n, c, pixels[2])), load(x, (n, c, pixels[3])))
+
+
+@formula
+def fetch_pixels(x, n, c, pixels):
+    """Ask for four pixels of channel c of x[n]."""
+    fetch(x, (n, c, pixels[0]))
+    fetch(x, (n, c, pixels[1]))
+    fetch(x, (n, c, pixels[2]))
+    fetch(x, (n, c, pixels[3]))
+
+
+@formula
+def store_pixels(y, n, c, pixels, streamed, values):
+    """Store four pixels of channel c of y[n]."""
     if streamed:
-        stream(y, (o, pixels[0]), v0)
-        stream(y, (o, pixels[1]), v1)
-        stream(y, (o, pixels[2]), v2)
-        stream(y, (o, pixels[3]), v3)
+        stream(y, (n, c, pixels[0]), values[0])
+        stream(y, (n, c, pixels[1]), values[1])
+        stream(y, (n, c, pixels[2]), values[2])
+        stream(y, (n, c, pixels[3]), values[3])
     else:
-        store(y, (o, pixels[0]), v0)
-        store(y, (o, pixels[1]), v1)
-        store(y, (o, pixels[2]), v2)
-        store(y, (o, pixels[3]), v3)
+        store(y, (n, c, pixels[0]), values[0])
+        store(y, (n, c, pixels[1]), values[1])
+        store(y, (n, c, pixels[2]), values[2])
+        store(y, (n, c, pixels[3]), values[3])
 
 
 @parallel_kernel
@@ -189,62 +203,59 @@ def conv2d_weight_blocks(x, tail, dy, dweight, padded):
     # dweight (n_blocks, C_out, C_in, k, k), padded (n_threads, C_in, rows, columns, LANES) as for 3x3
     for b in prange(x.shape[0]):
         t, margin = get_thread_id(), (dweight.shape[3] - 1) // 2
-        enter(x, b, tail, -margin, margin, padded, t)
-        conv2d_weight_block(padded[t], dy[b], dweight[b])
+        enter(x, b, 0, x.shape[1], tail, -margin, margin, padded, t)
+        for o in range(0, dweight.shape[1], 4):
+            for i in range(0, dweight.shape[2], 2):
+                for kh in range(dweight.shape[3]):
+                    conv2d_weight_tile(padded, t, dy, dweight, b, o, i, kh)
 
 
 @kernel
-def conv2d_weight_block(padded, dy, dweight):
-    # padded (C_in, rows, columns, LANES), dy (C_out, H, W, LANES), dweight (C_out, C_in, k, k)
-    for o in range(0, dweight.shape[0], 4):
-        for i in range(0, dweight.shape[1], 2):
-            for kh in range(dweight.shape[2]):
-                conv2d_weight_tile(padded, dy, dweight, o, i, kh)
+def conv2d_weight_tile(padded, t, dy, dweight, b, o, i, kh):
+    # padded (n_threads, C_in, rows, columns, LANES), dy (n_blocks, C_out, H, W, LANES)
+    # dweight (n_blocks, C_out, C_in, k, k)
+    # Row kh of the filters of 4 output and 2 input channels, 24 sums, from three neighbours of both input channels,
+    # u and v. (Of 1x1 filters only the first of three is wanted.)
+    o1, o2, o3 = min(o + 1, dy.shape[1] - 1), min(o + 2, dy.shape[1] - 1), min(o + 3, dy.shape[1] - 1)
+    i1, zero = min(i + 1, padded.shape[1] - 1), fill(padded.dtype.type(0))
+    u0 = u1 = u2 = u3 = v0 = v1 = v2 = v3 = zero, zero, zero
+    for h in range(dy.shape[2]):
+        u = zero, load(padded, (t, i, h + kh, 0)), load(padded, (t, i, h + kh, 1))
+        v = zero, load(padded, (t, i1, h + kh, 0)), load(padded, (t, i1, h + kh, 1))
+        for w in range(dy.shape[3]):
+            u = u[1], u[2], load(padded, (t, i, h + kh, w + 2))
+            v = v[1], v[2], load(padded, (t, i1, h + kh, w + 2))
+            g = load(dy, (b, o, h, w))
+            u0, v0 = plus_three(g, u, u0), plus_three(g, v, v0)
+            g = load(dy, (b, o1, h, w))
+            u1, v1 = plus_three(g, u, u1), plus_three(g, v, v1)
+            g = load(dy, (b, o2, h, w))
+            u2, v2 = plus_three(g, u, u2), plus_three(g, v, v2)
+            g = load(dy, (b, o3, h, w))
+            u3, v3 = plus_three(g, u, u3), plus_three(g, v, v3)
+    store_row(dweight, b, o, i, kh, u0)
+    store_row(dweight, b, o, i1, kh, v0)
+    store_row(dweight, b, o1, i, kh, u1)
+    store_row(dweight, b, o1, i1, kh, v1)
+    store_row(dweight, b, o2, i, kh, u2)
+    store_row(dweight, b, o2, i1, kh, v2)
+    store_row(dweight, b, o3, i, kh, u3)
+    store_row(dweight, b, o3, i1, kh, v3)
+
+
+@formula
+def plus_three(gradient, x, totals):
+    """Return totals + gradient * x, three Lanes each."""
+    return (multiply_add(gradient, x[0], totals[0]), multiply_add(gradient, x[1], totals[1]),
+            multiply_add(gradient, x[2], totals[2]))
 
 
 @kernel
-def conv2d_weight_tile(padded, dy, dweight, o, i, kh):
-    # padded (C_in, rows, columns, LANES), dy (C_out, H, W, LANES), dweight (C_out, C_in, k, k)
-    # Row kh of the filters of 4 output and 2 input channels, 24 sums: x are three neighbours of one input
-    # channel, z of the other. (Of 1x1 filters only the first of three is wanted.)
-    o1, o2, o3 = min(o + 1, dy.shape[0] - 1), min(o + 2, dy.shape[0] - 1), min(o + 3, dy.shape[0] - 1)
-    i1 = min(i + 1, padded.shape[0] - 1)
-    a0 = a1 = a2 = a3 = a4 = a5 = b0 = b1 = b2 = b3 = b4 = b5 = fill(padded.dtype.type(0))
-    c0 = c1 = c2 = c3 = c4 = c5 = d0 = d1 = d2 = d3 = d4 = d5 = fill(padded.dtype.type(0))
-    for h in range(dy.shape[1]):
-        x1, x2 = load(padded, (i, h + kh, 0)), load(padded, (i, h + kh, 1))
-        z1, z2 = load(padded, (i1, h + kh, 0)), load(padded, (i1, h + kh, 1))
-        for w in range(dy.shape[2]):
-            x0, x1, x2 = x1, x2, load(padded, (i, h + kh, w + 2))
-            z0, z1, z2 = z1, z2, load(padded, (i1, h + kh, w + 2))
-            g = load(dy, (o, h, w))
-            a0, a1, a2 = multiply_add(g, x0, a0), multiply_add(g, x1, a1), multiply_add(g, x2, a2)
-            a3, a4, a5 = multiply_add(g, z0, a3), multiply_add(g, z1, a4), multiply_add(g, z2, a5)
-            g = load(dy, (o1, h, w))
-            b0, b1, b2 = multiply_add(g, x0, b0), multiply_add(g, x1, b1), multiply_add(g, x2, b2)
-            b3, b4, b5 = multiply_add(g, z0, b3), multiply_add(g, z1, b4), multiply_add(g, z2, b5)
-            g = load(dy, (o2, h, w))
-            c0, c1, c2 = multiply_add(g, x0, c0), multiply_add(g, x1, c1), multiply_add(g, x2, c2)
-            c3, c4, c5 = multiply_add(g, z0, c3), multiply_add(g, z1, c4), multiply_add(g, z2, c5)
-            g = load(dy, (o3, h, w))
-            d0, d1, d2 = multiply_add(g, x0, d0), multiply_add(g, x1, d1), multiply_add(g, x2, d2)
-            d3, d4, d5 = multiply_add(g, z0, d3), multiply_add(g, z1, d4), multiply_add(g, z2, d5)
-    store_row(dweight, o, i, kh, a0, a1, a2)
-    store_row(dweight, o, i1, kh, a3, a4, a5)
-    store_row(dweight, o1, i, kh, b0, b1, b2)
-    store_row(dweight, o1, i1, kh, b3, b4, b5)
-    store_row(dweight, o2, i, kh, c0, c1, c2)
-    store_row(dweight, o2, i1, kh, c3, c4, c5)
-    store_row(dweight, o3, i, kh, d0, d1, d2)
-    store_row(dweight, o3, i1, kh, d3, d4, d5)
-
-
-@kernel
-def store_row(dweight, o, i, kh, v0, v1, v2):
-    # row kh of a filter of dweight (C_out, C_in, k, k), each weight the sum of the numbers of a Lanes
-    dweight[o, i, kh, 0] = add_up(v0)
-    if dweight.shape[3] == 3:
-        dweight[o, i, kh, 1], dweight[o, i, kh, 2] = add_up(v1), add_up(v2)
+def store_row(dweight, b, o, i, kh, totals):
+    # row kh of a filter of dweight (n_blocks, C_out, C_in, k, k), each weight the sum of the numbers of a Lanes
+    dweight[b, o, i, kh, 0] = add_up(totals[0])
+    if dweight.shape[4] == 3:
+        dweight[b, o, i, kh, 1], dweight[b, o, i, kh, 2] = add_up(totals[1]), add_up(totals[2])
 
 
 @parallel_kernel
@@ -255,7 +266,7 @@ def dense_blocks(z, tail, weight, bias, start, started, y, scratch):
     flat = scratch.reshape(scratch.shape[0], -1, LANES)
     for b in prange(z.shape[0]):
         t = get_thread_id()
-        enter(z, b, tail, 0, 0, scratch, t)
+        enter(z, b, 0, z.shape[1], tail, 0, 0, scratch, t)
         for o in range(0, weight.shape[0], 4):
             dense_tile(flat, t, weight, bias, start, started, y, b, o)
 

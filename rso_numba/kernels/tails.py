@@ -10,7 +10,7 @@ from collections import namedtuple
 import numpy as np
 
 from .compiling import formula, kernel
-from .lanes import add, fetch, fill, larger, load, multiply_add, store
+from .lanes import add, fetch, fill, larger, load, multiply, multiply_add, store
 
 KEEP, MAX, MEAN, GLOBAL_MAX, GLOBAL_MEAN = range(5)  # how a Tail pools; MAX and MEAN take windows of 2x2
 
@@ -33,35 +33,30 @@ def pooled_shape(shape, pool):
 
 
 @kernel
-def enter(z, b, tail, first, margin, padded, t):
-    # block b of z (n_blocks, C, H, W, LANES) -> padded[t] (C, n_rows, at least w + 2 * margin, LANES): from
-    # row `first` on what the tail makes of it, (C, h, w, LANES), in zeros where there is none
+def enter(z, b, k, n_channels, tail, first, margin, padded, t):
+    # channels k to k + n_channels - 1 of block b of z (n_blocks, C, H, W, LANES) -> padded[t], n_channels maps
+    # (n_rows, at least w + 2 * margin, LANES): from row `first` on what the tail, which has just these channels,
+    # makes of them, (h, w, LANES), in zeros where there is none
     # (A view of one block would do, but each view is counted as a user of the array, all threads count in the
     # same place, and wait for each other there.)
-    for c in range(z.shape[1]):
-        enter_channel(z, b, c, tail, first, margin, padded, t, c)
-
-
-@kernel
-def enter_channel(z, b, c, tail, first, margin, padded, t, c_padded):
-    # the same from channel c to channel c_padded, which is also the channel of the tail
     height, width = z.shape[2], z.shape[3]
     if tail.pool == MAX or tail.pool == MEAN:
         height, width = height // 2, width // 2
     elif tail.pool != KEEP:
         height, width = 1, 1
-    zero, shift = fill(padded.dtype.type(0)), fill(tail.shift[c_padded])
-    for i in range(padded.shape[2]):
-        for j in range(margin):
-            store(padded, (t, c_padded, i, j), zero)
-        for j in range(width, padded.shape[3] - margin):
-            store(padded, (t, c_padded, i, margin + j), zero)
-        if 0 <= first + i < height:
-            row = t, c_padded, i
-            tail_row(z, b, c, tail, tail.scale[c_padded], shift, first + i, width, padded, row, margin)
-        else:
-            for j in range(width):
-                store(padded, (t, c_padded, i, margin + j), zero)
+    zero = fill(padded.dtype.type(0))
+    for c in range(n_channels):
+        scale, shift = tail.scale[c], fill(tail.shift[c])
+        for i in range(padded.shape[2]):
+            for j in range(margin):
+                store(padded, (t, c, i, j), zero)
+            for j in range(width, padded.shape[3] - margin):
+                store(padded, (t, c, i, margin + j), zero)
+            if 0 <= first + i < height:
+                tail_row(z, b, k + c, tail, scale, shift, first + i, width, padded, (t, c, i), margin)
+            else:
+                for j in range(width):
+                    store(padded, (t, c, i, margin + j), zero)
 
 
 @formula
@@ -107,4 +102,4 @@ def tail_row(z, b, c, tail, scale, shift, h, width, y, row, start):
                     value = multiply_add(scale, load(z, (b, c, i, j)), shift)
                     total = add(larger(zero, value) if relu else value, total)
                     n += 1
-            store(y, (*row, start + w), multiply_add(z.dtype.type(1) / z.dtype.type(n), total, zero))
+            store(y, (*row, start + w), multiply(1 / n, total))
