@@ -36,25 +36,21 @@ def block_statistics(x, b, c, n_lanes):
 
 @formula
 def count_pixels(sums, t, c, is_first, counts, values):
-    """Count four pixels of channel c of a block in sums[t] (C, 3, LANES); `counts` are 1 or 0 for each of them.
+    """Count two pixels of channel c of a block in sums[t] (C, 3, LANES); `counts` are 1 or 0 for each of them.
 
     sums holds minus the center, and the sums of value - center and of its square. The center is the mean of
-    the first four pixels: as good as the mean, unless they differ from it by many standard deviations.
+    the first two pixels: as good as the mean, unless they differ from it by many standard deviations.
     """
-    none, (v0, v1, v2, v3) = fill(sums.dtype.type(0)), values
     if is_first:
-        total = multiply_add(counts[0], v0, multiply(counts[1], v1))
-        total = multiply_add(counts[2], v2, multiply_add(counts[3], v3, total))
-        n = add_up(add(add(counts[0], counts[1]), add(counts[2], counts[3])))
-        store(sums, (t, c, 0), fill(-add_up(total) / n))
+        total = multiply_add(counts[0], values[0], multiply(counts[1], values[1]))
+        none = fill(sums.dtype.type(0))
+        store(sums, (t, c, 0), fill(-add_up(total) / add_up(add(counts[0], counts[1]))))
         store(sums, (t, c, 1), none)
         store(sums, (t, c, 2), none)
     center, total, squares = load(sums, (t, c, 0)), load(sums, (t, c, 1)), load(sums, (t, c, 2))
-    v0, v1 = multiply(counts[0], add(v0, center)), multiply(counts[1], add(v1, center))
-    v2, v3 = multiply(counts[2], add(v2, center)), multiply(counts[3], add(v3, center))
-    store(sums, (t, c, 1), add(add(v0, v1), add(add(v2, v3), total)))
-    squares = multiply_add(v0, v0, multiply_add(v1, v1, squares))
-    store(sums, (t, c, 2), multiply_add(v2, v2, multiply_add(v3, v3, squares)))
+    v0, v1 = multiply(counts[0], add(values[0], center)), multiply(counts[1], add(values[1], center))
+    store(sums, (t, c, 1), add(add(v0, v1), total))
+    store(sums, (t, c, 2), multiply_add(v0, v0, multiply_add(v1, v1, squares)))
 
 
 @kernel

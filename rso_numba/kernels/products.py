@@ -17,11 +17,11 @@ from .memory import empty
 from .norms import around_mean, count_pixels
 from .tails import enter
 
-TILE = 4  # output channels, and pixels, of a tile of the convolution
+CHANNELS, PIXELS = 8, 2  # of a tile of the convolution
 STRIP = 300_000  # bytes of padded input that one thread works on at once: a part of its second-level cache
 
 Filters = namedtuple("Filters", "weight bias")
-Flat = namedtuple("Flat", "z x start y")  # views of a convolution's arrays whose pixels are one axis
+Flat = namedtuple("Flat", "z x start y")  # views of a convolution's arrays, with pixels as one axis
 
 
 def padded_scratch(shape, size, stride, dtype, strips=True):
@@ -46,7 +46,7 @@ def side_by_side(weight, bias):
 
     The output channels that a tile needs are neighbours; copies of the last one make the last tile whole.
     """
-    channels = np.minimum(np.arange(len(weight) + -len(weight) % TILE), len(weight) - 1)
+    channels = np.minimum(np.arange(len(weight) + -len(weight) % CHANNELS), len(weight) - 1)
     return Filters(np.ascontiguousarray(weight[channels].transpose(1, 2, 3, 0)), bias[channels])
 
 
@@ -65,7 +65,8 @@ def conv2d_blocks(z, tail, filters, start, started, stride, streamed, n_images, 
     for b in prange(z.shape[0]):
         t, is_counted = get_thread_id(), statistics.shape[1] > 0
         n_lanes = min(n_images - b * LANES, LANES) if is_counted else 0
-        conv2d_block(b, t, z, tail, filters, started, stride, streamed, n_lanes, y.shape[2:4], padded, flat, sums)
+        conv2d_block(b, t, z, tail, filters, started, stride, streamed, n_lanes, y.shape[2:4], padded, flat,
+                     sums)
         if is_counted:
             count = y.shape[2] * y.shape[3] * n_lanes
             for o in range(y.shape[1]):
@@ -79,23 +80,19 @@ def conv2d_block(b, t, z, tail, filters, started, stride, streamed, n_lanes, sha
     margin = (size - 1) // 2  # also of 4x4 filters, which an average pool was merged into
     n_rows = (padded.shape[2] - size) // stride + 1
     is_real, nothing = first_lanes(n_lanes, sums.dtype.type(1)), fill(sums.dtype.type(0))
-    n_tiles, ahead = sums.shape[1] // TILE, min(b + 1, len(z) - 1)
-    part, share = 0, flat.z.shape[1] // (n_tiles * max(1, height * width // TILE)) + 1
+    n_tiles, ahead = sums.shape[1] // CHANNELS, min(b + 1, len(z) - 1)
+    part, share = 0, flat.z.shape[1] // (n_tiles * max(1, height * width // PIXELS)) + 1
     for first in range(0, height, n_rows):  # strip by strip
         enter(z, b, 0, z.shape[1], tail, stride * first - margin, margin, padded, t)
         end = min(first + n_rows, height) * width
-        for p in range(first * width, end, TILE):
-            pixels = p, min(p + 1, end - 1), min(p + 2, end - 1), min(p + 3, end - 1)
+        for p in range(first * width, end, PIXELS):
+            pixels, counts = (p, min(p + 1, end - 1)), (is_real, is_real if p + 1 < end else nothing)
             at = (inside(pixels[0], first, width, stride, columns),
-                  inside(pixels[1], first, width, stride, columns),
-                  inside(pixels[2], first, width, stride, columns),
-                  inside(pixels[3], first, width, stride, columns))
-            counts = (is_real, is_real if p + 1 < end else nothing, is_real if p + 2 < end else nothing,
-                      is_real if p + 3 < end else nothing)
+                  inside(pixels[1], first, width, stride, columns))
             for tile in range(n_tiles):
                 fetch_part(flat.z, ahead, part, share)
                 part += 1
-                conv2d_tile(flat, b, t, ahead, at, columns, filters, started, TILE * tile, pixels, streamed,
+                conv2d_tile(flat, b, t, ahead, at, columns, filters, started, CHANNELS * tile, pixels, streamed,
                             n_lanes > 0, counts, sums)
     settle()
 
@@ -116,85 +113,105 @@ def fetch_part(pixels, b, part, size):
 
 @formula
 def conv2d_tile(flat, b, t, ahead, at, columns, filters, started, o, pixels, streamed, is_counted, counts, sums):
-    """Compute output channels o to o + 3 of four pixels.
+    """Compute output channels o to o + 7 of two pixels.
 
-    These are 16 sums, so that 4 pixels and 4 weights fetched from memory serve 16 multiplications.
+    These are 16 sums, so that 2 pixels and 8 weights fetched from memory serve 16 multiplications.
     """
     # flat.x (n_threads, C_in, rows * columns, LANES), flat.start, flat.y (n_blocks, C_out, n_pixels, LANES)
     # sums (n_threads, C, 3, LANES)
-    weight, bias, last = filters.weight, filters.bias, flat.y.shape[1] - 1
-    o1, o2, o3 = min(o + 1, last), min(o + 2, last), min(o + 3, last)
-    y0, y1 = four_times(fill(bias[o])), four_times(fill(bias[o + 1]))
-    y2, y3 = four_times(fill(bias[o + 2])), four_times(fill(bias[o + 3]))
+    weight, bias = filters.weight, filters.bias
+    y = eight_pairs(bias[o], bias[o + 1], bias[o + 2], bias[o + 3],
+                    bias[o + 4], bias[o + 5], bias[o + 6], bias[o + 7])
     if started:
-        y0, y1 = load_pixels(flat.start, b, o, pixels), load_pixels(flat.start, b, o1, pixels)
-        y2, y3 = load_pixels(flat.start, b, o2, pixels), load_pixels(flat.start, b, o3, pixels)
-        fetch_pixels(flat.start, ahead, o, pixels)
-        fetch_pixels(flat.start, ahead, o1, pixels)
-        fetch_pixels(flat.start, ahead, o2, pixels)
-        fetch_pixels(flat.start, ahead, o3, pixels)
+        y = load_tile(flat.start, b, o, pixels)
+        fetch_tile(flat.start, ahead, o, pixels)
     for i in range(weight.shape[0]):
         for kh in range(weight.shape[1]):
             for kw in range(weight.shape[2]):
                 tap = kh * columns + kw
-                x = load_pixels(flat.x, t, i, (at[0] + tap, at[1] + tap, at[2] + tap, at[3] + tap))
-                y0 = plus(weight[i, kh, kw, o], x, y0)
-                y1 = plus(weight[i, kh, kw, o + 1], x, y1)
-                y2 = plus(weight[i, kh, kw, o + 2], x, y2)
-                y3 = plus(weight[i, kh, kw, o + 3], x, y3)
-    store_pixels(flat.y, b, o, pixels, streamed, y0)
-    store_pixels(flat.y, b, o1, pixels, streamed, y1)
-    store_pixels(flat.y, b, o2, pixels, streamed, y2)
-    store_pixels(flat.y, b, o3, pixels, streamed, y3)
+                x = load_pair(flat.x, t, i, (at[0] + tap, at[1] + tap))
+                y = plus_products(weight, (i, kh, kw), o, x, y)
+    store_tile(flat.y, b, o, pixels, streamed, y)
     if is_counted:
-        count_pixels(sums, t, o, pixels[0] == 0, counts, y0)
-        count_pixels(sums, t, o + 1, pixels[0] == 0, counts, y1)
-        count_pixels(sums, t, o + 2, pixels[0] == 0, counts, y2)
-        count_pixels(sums, t, o + 3, pixels[0] == 0, counts, y3)
+        count_pixels(sums, t, o, pixels[0] == 0, counts, y[0])
+        count_pixels(sums, t, o + 1, pixels[0] == 0, counts, y[1])
+        count_pixels(sums, t, o + 2, pixels[0] == 0, counts, y[2])
+        count_pixels(sums, t, o + 3, pixels[0] == 0, counts, y[3])
+        count_pixels(sums, t, o + 4, pixels[0] == 0, counts, y[4])
+        count_pixels(sums, t, o + 5, pixels[0] == 0, counts, y[5])
+        count_pixels(sums, t, o + 6, pixels[0] == 0, counts, y[6])
+        count_pixels(sums, t, o + 7, pixels[0] == 0, counts, y[7])
 
 
 @formula
-def four_times(value):
-    """Return four of the same."""
-    return value, value, value, value
+def plus_products(weight, at, o, x, y):
+    """Return y + weight[at] (C,), from o on, times x: a tile of pairs, of x a pair."""
+    return (plus(weight[(*at, o)], x, y[0]), plus(weight[(*at, o + 1)], x, y[1]),
+            plus(weight[(*at, o + 2)], x, y[2]), plus(weight[(*at, o + 3)], x, y[3]),
+            plus(weight[(*at, o + 4)], x, y[4]), plus(weight[(*at, o + 5)], x, y[5]),
+            plus(weight[(*at, o + 6)], x, y[6]), plus(weight[(*at, o + 7)], x, y[7]))
 
 
 @formula
 def plus(weight, x, totals):
-    """Return totals + weight * x, four Lanes each."""
-    return (multiply_add(weight, x[0], totals[0]), multiply_add(weight, x[1], totals[1]),
-            multiply_add(weight, x[2], totals[2]), multiply_add(weight, x[3], totals[3]))
+    """Return totals + weight * x, of which both are pairs."""
+    return multiply_add(weight, x[0], totals[0]), multiply_add(weight, x[1], totals[1])
 
 
 @formula
-def load_pixels(x, n, c, pixels):
-    """Return four pixels of channel c of x[n]."""
-    return (load(x, (n, c, pixels[0])), load(x, (n, c, pixels[1])),
-            load(x, (n, c, pixels[2])), load(x, (n, c, pixels[3])))
+def eight_pairs(n0, n1, n2, n3, n4, n5, n6, n7):
+    """Return a tile, each number twice."""
+    v0, v1, v2, v3, v4, v5, v6, v7 = fill(n0), fill(n1), fill(n2), fill(n3), fill(n4), fill(n5), fill(n6), fill(n7)
+    return (v0, v0), (v1, v1), (v2, v2), (v3, v3), (v4, v4), (v5, v5), (v6, v6), (v7, v7)
 
 
 @formula
-def fetch_pixels(x, n, c, pixels):
-    """Ask for four pixels of channel c of x[n]."""
-    fetch(x, (n, c, pixels[0]))
-    fetch(x, (n, c, pixels[1]))
-    fetch(x, (n, c, pixels[2]))
-    fetch(x, (n, c, pixels[3]))
+def load_tile(x, n, o, pixels):
+    """Return two pixels of channels o to o + 7 of x[n], the last one again if there are too few."""
+    last = x.shape[1] - 1
+    return (load_pair(x, n, o, pixels), load_pair(x, n, min(o + 1, last), pixels),
+            load_pair(x, n, min(o + 2, last), pixels), load_pair(x, n, min(o + 3, last), pixels),
+            load_pair(x, n, min(o + 4, last), pixels), load_pair(x, n, min(o + 5, last), pixels),
+            load_pair(x, n, min(o + 6, last), pixels), load_pair(x, n, min(o + 7, last), pixels))
 
 
 @formula
-def store_pixels(y, n, c, pixels, streamed, values):
-    """Store four pixels of channel c of y[n]."""
+def load_pair(x, n, c, pixels):
+    """Return two pixels of channel c of x[n]."""
+    return load(x, (n, c, pixels[0])), load(x, (n, c, pixels[1]))
+
+
+@formula
+def fetch_tile(x, n, o, pixels):
+    """Ask for what `load_tile` will load."""
+    for c in range(o, min(o + CHANNELS, x.shape[1])):
+        fetch(x, (n, c, pixels[0]))
+        fetch(x, (n, c, pixels[1]))
+
+
+@formula
+def store_tile(y, n, o, pixels, streamed, values):
+    """Store two pixels of channels o to o + 7 in y[n]; what is beyond the last channel is a copy of it."""
+    last = y.shape[1] - 1
+    store_pair(y, n, o, pixels, streamed, values[0])
+    store_pair(y, n, min(o + 1, last), pixels, streamed, values[1])
+    store_pair(y, n, min(o + 2, last), pixels, streamed, values[2])
+    store_pair(y, n, min(o + 3, last), pixels, streamed, values[3])
+    store_pair(y, n, min(o + 4, last), pixels, streamed, values[4])
+    store_pair(y, n, min(o + 5, last), pixels, streamed, values[5])
+    store_pair(y, n, min(o + 6, last), pixels, streamed, values[6])
+    store_pair(y, n, min(o + 7, last), pixels, streamed, values[7])
+
+
+@formula
+def store_pair(y, n, c, pixels, streamed, values):
+    """Store two pixels of channel c in y[n]."""
     if streamed:
         stream(y, (n, c, pixels[0]), values[0])
         stream(y, (n, c, pixels[1]), values[1])
-        stream(y, (n, c, pixels[2]), values[2])
-        stream(y, (n, c, pixels[3]), values[3])
     else:
         store(y, (n, c, pixels[0]), values[0])
         store(y, (n, c, pixels[1]), values[1])
-        store(y, (n, c, pixels[2]), values[2])
-        store(y, (n, c, pixels[3]), values[3])
 
 
 @parallel_kernel
