@@ -148,7 +148,8 @@ def multiply(typing_context, a, x):
     """Return a * x, where a is a number or a Lanes, and x is a Lanes."""
 
     def generate(context, builder, signature, arguments):
-        return builder.fmul(_as_lanes(context, builder, arguments[0], a, x), arguments[1], flags=("contract",))
+        a_value = _as_lanes(context, builder, arguments[0], a, x)
+        return builder.fmul(a_value, arguments[1], flags=("contract",))
 
     return x(a, x), generate
 

@@ -25,7 +25,7 @@ def statistics_blocks(x, n_images, statistics):
 
 @kernel
 def block_statistics(x, b, c, n_lanes):
-    # channel c of block b of x -> sum, and sum of squares around the mean, over the first n_lanes lanes (or all)
+    # channel c of block b of x -> sum, and sum of squares around the mean, over the first n_lanes lanes
     zero = x.dtype.type(0)
     if n_lanes >= LANES:
         total = deviations(x, b, c, zero, False)
@@ -36,7 +36,7 @@ def block_statistics(x, b, c, n_lanes):
 
 @formula
 def count_pixels(sums, t, c, is_first, counts, values):
-    """Count two pixels of channel c of a block in sums[t] (C, 3, LANES); `counts` are 1 or 0 for each of them.
+    """Count two pixels of channel c of a block in sums[t] (C, 3, LANES); `counts` are 1 or 0 for each.
 
     sums holds minus the center, and the sums of value - center and of its square. The center is the mean of
     the first two pixels: as good as the mean, unless they differ from it by many standard deviations.
@@ -65,7 +65,7 @@ def around_mean(sums, t, c, count):
 
 @kernel
 def deviations(x, b, c, center, squared):
-    # x[b, c] (n_pixels, LANES) -> sum of x - center or of its square: 32 pixels in the type of x, then in float64
+    # x[b, c] (n_pixels, LANES) -> sum of x - center or its square: 32 pixels in its own type, then in float64
     result = 0.0
     for first in range(0, x.shape[2], 32):
         total = fill(x.dtype.type(0))
@@ -99,8 +99,8 @@ def product_blocks(x, dy, mean, inverse_std, n_images, sums):
 
 @kernel
 def moment_block(z, b, k, u, k_u, mean, n_lanes):
-    # block b of channel k of z and k_u of u, (n_blocks, C, H, W, LANES) -> sums of u, (z - mean) u and u u over
-    # the first n_lanes lanes (or all): row by row in the type of u, then in float64
+    # block b of channel k of z and k_u of u, (n_blocks, C, H, W, LANES) -> sums of u, (z - mean) u and u u
+    # over the first n_lanes lanes (or all): row by row in the type of u, then in float64
     zero, is_real = u.dtype.type(0), first_lanes(n_lanes, u.dtype.type(1))
     total_u = total_zu = total_uu = 0.0
     for h in range(u.shape[2]):

@@ -58,10 +58,12 @@ def conv2d_blocks(z, tail, filters, start, started, stride, streamed, n_images, 
     # `streamed` to write y past the caches
     # statistics (2, n_blocks, C_out), or of no blocks if nobody asks: see `norms.py`
     # padded (n_threads, C_in, rows, columns, LANES), sums (n_threads, C, 3, LANES)
-    # Views are made here and not for each block: a view is counted as a user of its array, all threads count in
-    # the same place, and wait for each other there.
-    flat = Flat(z.reshape(len(z), -1, LANES), padded.reshape(len(padded), padded.shape[1], -1, LANES),
-                start.reshape(len(start), start.shape[1], -1, LANES), y.reshape(len(y), y.shape[1], -1, LANES))
+    # Views are made here and not for each block: a view is counted as a user of its array, all threads count
+    # in the same place, and wait for each other there.
+    flat = Flat(z.reshape(len(z), -1, LANES),
+                padded.reshape(len(padded), padded.shape[1], -1, LANES),
+                start.reshape(len(start), start.shape[1], -1, LANES),
+                y.reshape(len(y), y.shape[1], -1, LANES))
     for b in prange(z.shape[0]):
         t, is_counted = get_thread_id(), statistics.shape[1] > 0
         n_lanes = min(n_images - b * LANES, LANES) if is_counted else 0
@@ -75,13 +77,13 @@ def conv2d_blocks(z, tail, filters, start, started, stride, streamed, n_images, 
 
 @kernel
 def conv2d_block(b, t, z, tail, filters, started, stride, streamed, n_lanes, shape, padded, flat, sums):
-    # block b of the arrays above, in thread t; shape is (h, w) of y; n_lanes hold images, 0 if nothing is counted
+    # block b of the arrays above, in thread t; shape is (h, w) of y; n_lanes hold images, 0: do not count
     size, (height, width), columns = filters.weight.shape[1], shape, padded.shape[3]
     margin = (size - 1) // 2  # also of 4x4 filters, which an average pool was merged into
     n_rows = (padded.shape[2] - size) // stride + 1
     is_real, nothing = first_lanes(n_lanes, sums.dtype.type(1)), fill(sums.dtype.type(0))
     n_tiles, ahead = sums.shape[1] // CHANNELS, min(b + 1, len(z) - 1)
-    part, share = 0, flat.z.shape[1] // (n_tiles * max(1, height * width // PIXELS)) + 1
+    part, share = 0, fetched_share(flat.z, n_tiles * max(1, height * width // PIXELS), len(padded))
     for first in range(0, height, n_rows):  # strip by strip
         enter(z, b, 0, z.shape[1], tail, stride * first - margin, margin, padded, t)
         end = min(first + n_rows, height) * width
@@ -92,8 +94,8 @@ def conv2d_block(b, t, z, tail, filters, started, stride, streamed, n_lanes, sha
             for tile in range(n_tiles):
                 fetch_part(flat.z, ahead, part, share)
                 part += 1
-                conv2d_tile(flat, b, t, ahead, at, columns, filters, started, CHANNELS * tile, pixels, streamed,
-                            n_lanes > 0, counts, sums)
+                conv2d_tile(flat, b, t, ahead, at, columns, filters, started, CHANNELS * tile, pixels,
+                            streamed, n_lanes > 0, counts, sums)
     settle()
 
 
@@ -105,6 +107,12 @@ def inside(p, first, width, stride, columns):
 
 
 @formula
+def fetched_share(pixels, n_parts, n_threads):
+    """Return how many pixels of a block to ask for in each of n_parts; none if a thread has but one block."""
+    return pixels.shape[1] // n_parts + 1 if len(pixels) > n_threads else 0
+
+
+@formula
 def fetch_part(pixels, b, part, size):
     """Ask for one of the parts of block b of pixels (n_blocks, n, LANES), each of `size` pixels."""
     for i in range(part * size, min(part * size + size, pixels.shape[1])):
@@ -112,7 +120,8 @@ def fetch_part(pixels, b, part, size):
 
 
 @formula
-def conv2d_tile(flat, b, t, ahead, at, columns, filters, started, o, pixels, streamed, is_counted, counts, sums):
+def conv2d_tile(flat, b, t, ahead, at, columns, filters, started, o, pixels, streamed, is_counted, counts,
+                sums):
     """Compute output channels o to o + 7 of two pixels.
 
     These are 16 sums, so that 2 pixels and 8 weights fetched from memory serve 16 multiplications.
@@ -161,8 +170,14 @@ def plus(weight, x, totals):
 @formula
 def eight_pairs(n0, n1, n2, n3, n4, n5, n6, n7):
     """Return a tile, each number twice."""
-    v0, v1, v2, v3, v4, v5, v6, v7 = fill(n0), fill(n1), fill(n2), fill(n3), fill(n4), fill(n5), fill(n6), fill(n7)
-    return (v0, v0), (v1, v1), (v2, v2), (v3, v3), (v4, v4), (v5, v5), (v6, v6), (v7, v7)
+    return (twice(fill(n0)), twice(fill(n1)), twice(fill(n2)), twice(fill(n3)),
+            twice(fill(n4)), twice(fill(n5)), twice(fill(n6)), twice(fill(n7)))
+
+
+@formula
+def twice(value):
+    """Return a pair of the same."""
+    return value, value
 
 
 @formula
@@ -231,8 +246,8 @@ def conv2d_weight_blocks(x, tail, dy, dweight, padded):
 def conv2d_weight_tile(padded, t, dy, dweight, b, o, i, kh):
     # padded (n_threads, C_in, rows, columns, LANES), dy (n_blocks, C_out, H, W, LANES)
     # dweight (n_blocks, C_out, C_in, k, k)
-    # Row kh of the filters of 4 output and 2 input channels, 24 sums, from three neighbours of both input channels,
-    # u and v. (Of 1x1 filters only the first of three is wanted.)
+    # Row kh of the filters of 4 output and 2 input channels, 24 sums, from three neighbours of both input
+    # channels, u and v. (Of 1x1 filters only the first of three is wanted.)
     o1, o2, o3 = min(o + 1, dy.shape[1] - 1), min(o + 2, dy.shape[1] - 1), min(o + 3, dy.shape[1] - 1)
     i1, zero = min(i + 1, padded.shape[1] - 1), fill(padded.dtype.type(0))
     u0 = u1 = u2 = u3 = v0 = v1 = v2 = v3 = zero, zero, zero
@@ -269,7 +284,7 @@ def plus_three(gradient, x, totals):
 
 @kernel
 def store_row(dweight, b, o, i, kh, totals):
-    # row kh of a filter of dweight (n_blocks, C_out, C_in, k, k), each weight the sum of the numbers of a Lanes
+    # row kh of a filter of dweight (n_blocks, C_out, C_in, k, k), each weight the sum of what is in a Lanes
     dweight[b, o, i, kh, 0] = add_up(totals[0])
     if dweight.shape[4] == 3:
         dweight[b, o, i, kh, 1], dweight[b, o, i, kh, 2] = add_up(totals[1]), add_up(totals[2])

@@ -34,9 +34,9 @@ def pooled_shape(shape, pool):
 
 @kernel
 def enter(z, b, k, n_channels, tail, first, margin, padded, t):
-    # channels k to k + n_channels - 1 of block b of z (n_blocks, C, H, W, LANES) -> padded[t], n_channels maps
-    # (n_rows, at least w + 2 * margin, LANES): from row `first` on what the tail, which has just these channels,
-    # makes of them, (h, w, LANES), in zeros where there is none
+    # channels k to k + n_channels - 1 of z[b] (C, H, W, LANES) -> padded[t], n_channels maps
+    # (n_rows, at least w + 2 * margin, LANES): from row `first` on what the tail, which has just these
+    # channels, makes of them, (h, w, LANES), in zeros where there is none
     # (A view of one block would do, but each view is counted as a user of the array, all threads count in the
     # same place, and wait for each other there.)
     height, width = z.shape[2], z.shape[3]

@@ -3,8 +3,8 @@
 A row of 4 outputs of a filter of 3 weights takes 12 multiplications of 6 inputs, and 6 are enough. The idea:
 the coefficients of a product of two polynomials, one of 4 and one of 3 coefficients, are sums of 12 products,
 but such a polynomial is known from its values at 6 points, and a value of a product is one multiplication.
-Read from back to front (transposed), the same holds for the filter. In two dimensions, for a tile of 4x4 outputs
-that 6x6 inputs d make with a filter g, 36 multiplications take the place of 144:
+Read from back to front (transposed), the same holds for the filter. In two dimensions, for a tile of 4x4
+outputs that 6x6 inputs d make with a filter g, 36 multiplications take the place of 144:
 
     outputs = A^T [(G g G^T) * (B^T d B)] A         (* number by number; Lavin and Gray, arXiv 1509.09308)
 
@@ -26,7 +26,17 @@ from .compiling import formula, kernel, parallel_kernel
 from .lanes import LANES, add, fill, first_lanes, load, multiply, multiply_add, settle, store, stream
 from .memory import empty
 from .norms import around_mean, count_pixels
-from .products import CHANNELS, PIXELS, eight_pairs, fetch_part, load_pair, padded_scratch, plus_products, store_tile
+from .products import (
+    CHANNELS,
+    PIXELS,
+    eight_pairs,
+    fetch_part,
+    fetched_share,
+    load_pair,
+    padded_scratch,
+    plus_products,
+    store_tile,
+)
 from .tails import enter
 
 SIDE, POINTS = 4, 36  # outputs of a tile are SIDE x SIDE
@@ -35,7 +45,7 @@ P2, P3, Q2, Q3, PQ = P**2, P**3, Q**2, Q**3, P**2 + Q**2
 
 
 def filter_points():
-    """Return G (6, 3): row by row the point's powers 1, x, x**2, over the product of its distances to the others."""
+    """Return G (6, 3): of each point 1, x, x**2, over the product of its distances to the others."""
     rows = [[1, 0, 0]]
     for x, other in (P, Q), (-P, Q), (Q, P), (-Q, P):
         rows.append(x ** np.arange(3) / (2 * x * x * (x**2 - other**2)))
@@ -60,7 +70,7 @@ def winograd_scratch(shape, filters, dtype):
     return (np.empty((POINTS, n_in, n_out), dtype),
             padded_scratch(whole_tiles, SIDE + 2, SIDE, dtype),
             empty((n_threads * POINTS, n_in | 1, PIXELS, LANES), dtype),
-            empty((n_threads * POINTS, n_out | 1, PIXELS, LANES), dtype))
+            empty((n_threads * POINTS, CHANNELS + 1, PIXELS, LANES), dtype))
 
 
 @parallel_kernel
@@ -68,7 +78,7 @@ def winograd_blocks(z, tail, filters, streamed, n_images, y, statistics, filters
                     sums):
     # z, tail, filters, streamed, y (n_blocks, C_out, h, w, LANES), statistics, sums as in `conv2d_blocks`
     # filters_at (36, C_in, C), padded (n_threads, C_in, rows, columns, LANES)
-    # points (n_threads * 36, C_in or more, 2, LANES), products (n_threads * 36, C or more, 2, LANES)
+    # points (n_threads * 36, at least C_in, 2, LANES), products (n_threads * 36, at least 8, 2, LANES)
     filters_at_points(filters.weight, G, filters_at)
     z_flat = z.reshape(len(z), -1, LANES)  # see `conv2d_blocks`
     for b in prange(z.shape[0]):
@@ -97,32 +107,48 @@ def filters_at_points(weight, g, filters_at):
 
 
 @kernel
-def winograd_block(b, t, z, z_flat, tail, filters_at, bias, streamed, n_lanes, y, padded, points, products, sums):
+def winograd_block(b, t, z, z_flat, tail, filters_at, bias, streamed, n_lanes, y, padded, points, products,
+                   sums):
     # block b of the arrays above, in thread t; n_lanes hold images, 0 if nothing is counted
-    n_rows, all_rows = (padded.shape[2] - 2) // SIDE, -(-y.shape[2] // SIDE)  # of tiles, in a strip and in all
-    n_columns = -(-y.shape[3] // SIDE)
-    part, share = 0, z_flat.shape[1] * PIXELS // (POINTS * all_rows * n_columns) + 1
-    for first in range(0, all_rows, n_rows):  # strip by strip
+    height, width = -(-y.shape[2] // SIDE), -(-y.shape[3] // SIDE)  # in tiles
+    n_rows, n_channels = (padded.shape[2] - 2) // SIDE, filters_at.shape[2]
+    n_parts = POINTS * max(1, height * width // PIXELS) * n_channels // CHANNELS
+    ahead, part, share = min(b + 1, len(z) - 1), 0, fetched_share(z_flat, n_parts, len(padded))
+    for first in range(0, height, n_rows):  # strip by strip
         enter(z, b, 0, z.shape[1], tail, SIDE * first - 1, 1, padded, t)
-        n_tiles = min(n_rows, all_rows - first) * n_columns
+        n_tiles = min(n_rows, height - first) * width
         for tile in range(0, n_tiles, PIXELS):
-            inputs_to_points(padded, t, tile, n_tiles, n_columns, points)
-            products_at_points(points, filters_at, t, z_flat, min(b + 1, len(z) - 1), part, share, products)
-            points_to_outputs(products, t, y.shape[1])
-            put_in_place(products, t, tile, n_tiles, n_columns, SIDE * first, bias, streamed, y, b, n_lanes, sums)
-            part += POINTS
+            here, other = divmod(tile, width), divmod(min(tile + 1, n_tiles - 1), width)
+            inputs_to_points(padded, t, here, other, points)
+            for o in range(0, n_channels, CHANNELS):
+                products_at_points(points, filters_at, o, t, products, z_flat, ahead, part, share)
+                part += POINTS
+                points_to_outputs(products, t)
+                put_in_place(products, t, 0, o, here, first, bias, streamed, n_lanes, y, b, sums)
+                if tile + 1 < n_tiles:
+                    put_in_place(products, t, 1, o, other, first, bias, streamed, n_lanes, y, b, sums)
     settle()
 
 
 @formula
 def values_at_points(d):
     """Return B^T d: six inputs, as coefficients, to six points."""
-    even_q, odd_q = multiply_add(-Q2, d[2], d[4]), multiply_add(-Q2, d[1], d[3])
-    even_p, odd_p = multiply_add(-P2, d[2], d[4]), multiply_add(-P2, d[1], d[3])
-    return (add(d[0], multiply_add(-PQ, d[2], d[4])),
-            multiply_add(P, odd_q, even_q), multiply_add(-P, odd_q, even_q),
-            multiply_add(Q, odd_p, even_p), multiply_add(-Q, odd_p, even_p),
-            add(d[1], multiply_add(-PQ, d[3], d[5])))
+    p, minus_p = values_at_pair(P, d[1], d[2], d[3], d[4])
+    q, minus_q = values_at_pair(Q, d[1], d[2], d[3], d[4])
+    return value_at_end(d[0], d[2], d[4]), p, minus_p, q, minus_q, value_at_end(d[1], d[3], d[5])
+
+
+@formula
+def value_at_end(d0, d2, d4):
+    """Return what six inputs, every second of them, are at the point 0, or at infinity."""
+    return add(d0, multiply_add(-PQ, d2, d4))
+
+
+@formula
+def values_at_pair(x, d1, d2, d3, d4):
+    """Return what six inputs, the inner four of them, are at the points x and -x."""
+    even, odd = multiply_add(-1 / x**2, d2, d4), multiply_add(-1 / x**2, d1, d3)
+    return multiply_add(x, odd, even), multiply_add(-x, odd, even)
 
 
 @formula
@@ -137,32 +163,56 @@ def outputs_from_points(m):
 
 
 @kernel
-def inputs_to_points(padded, t, tile, n_tiles, n_columns, points):
+def inputs_to_points(padded, t, here, other, points):
     # padded (n_threads, C_in, rows, columns, LANES), points (n_threads * 36, C_in, 2, LANES)
-    # Of n_tiles tiles those from number `tile` on, row by row; the last one again if there are too few.
+    # of the inputs of two tiles; here and other are their row and column among the tiles of the strip
+    # First down each column, for one or two points at a time: there are not as many registers as 36 values.
+    p = POINTS * t
     for j in range(PIXELS):
-        row, column = divmod(min(tile + j, n_tiles - 1), n_columns)
+        row, column = here if j == 0 else other
         h, w = SIDE * row, SIDE * column
         for c in range(padded.shape[1]):
-            v0 = values_at_points(six_rows(padded, t, c, h, w))
-            v1 = values_at_points(six_rows(padded, t, c, h, w + 1))
-            v2 = values_at_points(six_rows(padded, t, c, h, w + 2))
-            v3 = values_at_points(six_rows(padded, t, c, h, w + 3))
-            v4 = values_at_points(six_rows(padded, t, c, h, w + 4))
-            v5 = values_at_points(six_rows(padded, t, c, h, w + 5))
-            store_six(points, POINTS * t, c, j, values_at_points((v0[0], v1[0], v2[0], v3[0], v4[0], v5[0])))
-            store_six(points, POINTS * t + 6, c, j, values_at_points((v0[1], v1[1], v2[1], v3[1], v4[1], v5[1])))
-            store_six(points, POINTS * t + 12, c, j, values_at_points((v0[2], v1[2], v2[2], v3[2], v4[2], v5[2])))
-            store_six(points, POINTS * t + 18, c, j, values_at_points((v0[3], v1[3], v2[3], v3[3], v4[3], v5[3])))
-            store_six(points, POINTS * t + 24, c, j, values_at_points((v0[4], v1[4], v2[4], v3[4], v4[4], v5[4])))
-            store_six(points, POINTS * t + 30, c, j, values_at_points((v0[5], v1[5], v2[5], v3[5], v4[5], v5[5])))
+            store_six(points, p, c, j, values_at_points(columns_at_end(padded, t, c, h, w)))
+            v, minus_v = columns_at_pair(P, padded, t, c, h, w)
+            store_six(points, p + 6, c, j, values_at_points(v))
+            store_six(points, p + 12, c, j, values_at_points(minus_v))
+            v, minus_v = columns_at_pair(Q, padded, t, c, h, w)
+            store_six(points, p + 18, c, j, values_at_points(v))
+            store_six(points, p + 24, c, j, values_at_points(minus_v))
+            store_six(points, p + 30, c, j, values_at_points(columns_at_end(padded, t, c, h + 1, w)))
 
 
 @formula
-def six_rows(padded, t, c, h, w):
-    """Return six pixels of a column."""
-    return (load(padded, (t, c, h, w)), load(padded, (t, c, h + 1, w)), load(padded, (t, c, h + 2, w)),
-            load(padded, (t, c, h + 3, w)), load(padded, (t, c, h + 4, w)), load(padded, (t, c, h + 5, w)))
+def columns_at_end(x, t, c, h, w):
+    """Return what six columns are at the point 0; with h one greater, at infinity."""
+    return (column_at_end(x, t, c, h, w), column_at_end(x, t, c, h, w + 1),
+            column_at_end(x, t, c, h, w + 2), column_at_end(x, t, c, h, w + 3),
+            column_at_end(x, t, c, h, w + 4), column_at_end(x, t, c, h, w + 5))
+
+
+@formula
+def column_at_end(x, t, c, h, w):
+    """Return the same of one column."""
+    return value_at_end(load(x, (t, c, h, w)), load(x, (t, c, h + 2, w)), load(x, (t, c, h + 4, w)))
+
+
+@formula
+def columns_at_pair(point, x, t, c, h, w):
+    """Return what six columns are at a point, and at minus that point."""
+    a0, b0 = column_at_pair(point, x, t, c, h, w)
+    a1, b1 = column_at_pair(point, x, t, c, h, w + 1)
+    a2, b2 = column_at_pair(point, x, t, c, h, w + 2)
+    a3, b3 = column_at_pair(point, x, t, c, h, w + 3)
+    a4, b4 = column_at_pair(point, x, t, c, h, w + 4)
+    a5, b5 = column_at_pair(point, x, t, c, h, w + 5)
+    return (a0, a1, a2, a3, a4, a5), (b0, b1, b2, b3, b4, b5)
+
+
+@formula
+def column_at_pair(point, x, t, c, h, w):
+    """Return the same of one column."""
+    return values_at_pair(point, load(x, (t, c, h + 1, w)), load(x, (t, c, h + 2, w)),
+                          load(x, (t, c, h + 3, w)), load(x, (t, c, h + 4, w)))
 
 
 @formula
@@ -177,34 +227,35 @@ def store_six(points, p, c, j, values):
 
 
 @kernel
-def products_at_points(points, filters_at, t, z_flat, ahead, part, share, products):
-    # points (n_threads * 36, C_in, 2, LANES), filters_at (36, C_in, C), products (n_threads * 36, C, 2, LANES)
-    # A matrix product at each point, by tiles as in `conv2d_tile`, of 8 output channels and two tiles of outputs.
+def products_at_points(points, filters_at, o, t, products, z_flat, ahead, part, share):
+    # points (n_threads * 36, C_in, 2, LANES), filters_at (36, C_in, C)
+    # products (n_threads * 36, 8, 2, LANES)
+    # A matrix product at each point, by tiles as in `conv2d_tile`: of output channels o to o + 7
     zero = filters_at.dtype.type(0)
     for p in range(POINTS):
         fetch_part(z_flat, ahead, part + p, share)
-        for o in range(0, filters_at.shape[2], CHANNELS):
-            y = eight_pairs(zero, zero, zero, zero, zero, zero, zero, zero)
-            for i in range(filters_at.shape[1]):
-                y = plus_products(filters_at, (p, i), o, load_pair(points, POINTS * t + p, i, (0, 1)), y)
-            store_tile(products, POINTS * t + p, o, (0, 1), False, y)
+        y = eight_pairs(zero, zero, zero, zero, zero, zero, zero, zero)
+        for i in range(filters_at.shape[1]):
+            y = plus_products(filters_at, (p, i), o, load_pair(points, POINTS * t + p, i, (0, 1)), y)
+        store_tile(products, POINTS * t + p, 0, (0, 1), False, y)
 
 
 @kernel
-def points_to_outputs(products, t, n_channels):
-    # products (n_threads * 36, C, 2, LANES): the first 16 of the 36 become the outputs of a tile, row by row
-    for c in range(n_channels):
+def points_to_outputs(products, t):
+    # products (n_threads * 36, 8, 2, LANES): the first 16 of the 36 become the outputs of a tile, row by row
+    p = POINTS * t
+    for c in range(CHANNELS):
         for j in range(PIXELS):
-            v0 = outputs_from_points(six_points(products, POINTS * t, c, j))
-            v1 = outputs_from_points(six_points(products, POINTS * t + 1, c, j))
-            v2 = outputs_from_points(six_points(products, POINTS * t + 2, c, j))
-            v3 = outputs_from_points(six_points(products, POINTS * t + 3, c, j))
-            v4 = outputs_from_points(six_points(products, POINTS * t + 4, c, j))
-            v5 = outputs_from_points(six_points(products, POINTS * t + 5, c, j))
-            store_row(products, POINTS * t, c, j, outputs_from_points((v0[0], v1[0], v2[0], v3[0], v4[0], v5[0])))
-            store_row(products, POINTS * t + 4, c, j, outputs_from_points((v0[1], v1[1], v2[1], v3[1], v4[1], v5[1])))
-            store_row(products, POINTS * t + 8, c, j, outputs_from_points((v0[2], v1[2], v2[2], v3[2], v4[2], v5[2])))
-            store_row(products, POINTS * t + 12, c, j, outputs_from_points((v0[3], v1[3], v2[3], v3[3], v4[3], v5[3])))
+            v0 = outputs_from_points(six_points(products, p, c, j))
+            v1 = outputs_from_points(six_points(products, p + 1, c, j))
+            v2 = outputs_from_points(six_points(products, p + 2, c, j))
+            v3 = outputs_from_points(six_points(products, p + 3, c, j))
+            v4 = outputs_from_points(six_points(products, p + 4, c, j))
+            v5 = outputs_from_points(six_points(products, p + 5, c, j))
+            store_row(products, p, c, j, outputs_from_points((v0[0], v1[0], v2[0], v3[0], v4[0], v5[0])))
+            store_row(products, p + 4, c, j, outputs_from_points((v0[1], v1[1], v2[1], v3[1], v4[1], v5[1])))
+            store_row(products, p + 8, c, j, outputs_from_points((v0[2], v1[2], v2[2], v3[2], v4[2], v5[2])))
+            store_row(products, p + 12, c, j, outputs_from_points((v0[3], v1[3], v2[3], v3[3], v4[3], v5[3])))
 
 
 @formula
@@ -224,30 +275,27 @@ def store_row(products, p, c, j, outputs):
 
 
 @kernel
-def put_in_place(products, t, tile, n_tiles, n_columns, first, bias, streamed, y, b, n_lanes, sums):
-    # products (n_threads * 36, C, 2, LANES), of which 16 are outputs -> y[b] (C_out, h, w, LANES), from row `first` on
+def put_in_place(products, t, j, start, tile, first, bias, streamed, n_lanes, y, b, sums):
+    # products (n_threads * 36, 8, 2, LANES), of which 16 are the outputs of tile j, from channel `start` on
+    # -> y[b] (C_out, h, w, LANES) at a row and column of tiles, rows counted from `first` on
     # sums (n_threads, C, 3, LANES); n_lanes hold images, 0 if nothing is counted
+    h, w = SIDE * (first + tile[0]), SIDE * tile[1]
+    height, width = min(SIDE, y.shape[2] - h), min(SIDE, y.shape[3] - w)
     is_real, none = first_lanes(n_lanes, y.dtype.type(1)), fill(y.dtype.type(0))
-    for j in range(min(PIXELS, n_tiles - tile)):
-        row, column = divmod(tile + j, n_columns)
-        h, w = first + SIDE * row, SIDE * column
-        height, width = min(SIDE, y.shape[2] - h), min(SIDE, y.shape[3] - w)
-        counts = is_real, is_real if width > 1 else none
-        counts_right = is_real if width > 2 else none, is_real if width > 3 else none
-        for o in range(y.shape[1]):
-            shift = fill(bias[o])
-            for i in range(height):
-                p = POINTS * t + SIDE * i
-                for k in range(width):
-                    value = add(load(products, (p + k, o, j)), shift)
-                    store(products, (p + k, o, j), value)
-                    if streamed:
-                        stream(y, (b, o, h + i, w + k), value)
-                    else:
-                        store(y, (b, o, h + i, w + k), value)
-                if n_lanes > 0:
-                    is_first = h + w + i == 0
-                    pair = load(products, (p, o, j)), load(products, (p + 1, o, j))
-                    count_pixels(sums, t, o, is_first, counts, pair)
-                    pair = load(products, (p + 2, o, j)), load(products, (p + 3, o, j))
-                    count_pixels(sums, t, o, False, counts_right, pair)
+    left = is_real, is_real if width > 1 else none
+    right = is_real if width > 2 else none, is_real if width > 3 else none
+    for i in range(height):
+        p = POINTS * t + SIDE * i
+        for o in range(start, min(start + CHANNELS, y.shape[1])):
+            for k in range(width):
+                value = add(load(products, (p + k, o - start, j)), fill(bias[o]))
+                store(products, (p + k, o - start, j), value)
+                if streamed:
+                    stream(y, (b, o, h + i, w + k), value)
+                else:
+                    store(y, (b, o, h + i, w + k), value)
+            if n_lanes > 0:
+                pair = load(products, (p, o - start, j)), load(products, (p + 1, o - start, j))
+                count_pixels(sums, t, o, h + w + i == 0, left, pair)
+                pair = load(products, (p + 2, o - start, j)), load(products, (p + 3, o - start, j))
+                count_pixels(sums, t, o, False, right, pair)
