@@ -12,7 +12,7 @@ from numba import get_num_threads, get_thread_id, prange
 
 from .compiling import formula, kernel, parallel_kernel
 from .lanes import LANES, fetch, fill, load, multiply_add, store
-from .memory import empty
+from .memory import empty, scratch
 from .norms import moment_block
 from .products import padded_scratch
 from .softmax import fast_exp
@@ -59,7 +59,7 @@ def change_of_channel(x, taps, amounts, size, step, z=None, k=0, mean=None, n_im
     filters = np.zeros((x.shape[1], size + step - 1, size + step - 1), x.dtype)
     width = u.shape[3] + -u.shape[3] % 8
     padded = padded_scratch((1, x.shape[2], step * width), filters.shape[1], step, x.dtype, strips=False)
-    room = empty((len(padded), u.shape[2], width, LANES), x.dtype)
+    room = scratch("room", (len(padded), u.shape[2], width, LANES), x.dtype)
     filter_blocks(x, taps, amounts, step, no_tail(x), filters, u, u if z is None else z, k,
                   np.float32(mean or 0), n_images, sums, padded, room)
     if mean is None:
@@ -185,8 +185,9 @@ def tail_change(z, k, u, amount, before, after):
     The tails have one channel; the result is (n_blocks, 1, h', w', LANES).
     """
     change = empty((len(z), *pooled_shape((1, *z.shape[2:4]), after.pool), LANES), z.dtype)
-    room = empty((2, get_num_threads(), 1, *z.shape[2:]), z.dtype)
-    change_blocks(z, k, u, amount, before, after, *room, change)
+    room = get_num_threads(), 1, *z.shape[2:]
+    changed, old = (scratch(name, room, z.dtype) for name in ("changed", "old"))
+    change_blocks(z, k, u, amount, before, after, changed, old, change)
     return change
 
 

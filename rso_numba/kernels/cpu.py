@@ -28,8 +28,8 @@ from numba import get_num_threads, prange
 from . import formulas
 from .compiling import formula, parallel_kernel
 from .lanes import LANES
-from .memory import empty
-from .norms import batchnorm_gradient_blocks, product_blocks, statistics_blocks
+from .memory import empty, scratch
+from .norms import add_rows, add_statistics, batchnorm_gradient_blocks, product_blocks, statistics_blocks
 from .pools import (
     avgpool_blocks,
     avgpool_gradient_blocks,
@@ -141,10 +141,10 @@ def conv2d_stage(z, tail, weight, bias, n_images, start=None, stride=1, y=None):
         y = empty((len(z), len(weight), shape[1] // stride, shape[2] // stride, LANES), z.dtype)
     statistics = np.empty((2, 0 if n_images is None else len(z), len(weight)))
     filters, started, streamed = side_by_side(weight, bias), start is not None, y.nbytes > STREAMED
-    sums = empty((get_num_threads(), len(filters.bias), 3, LANES), z.dtype)
+    sums = scratch("sums", (get_num_threads(), len(filters.bias), 3, LANES), z.dtype)
     if not started and stride == 1 and pays(weight, shape):
-        scratch = winograd_scratch(shape, filters, z.dtype)
-        winograd_blocks(z, tail, filters, streamed, n_images or 0, y, statistics, *scratch, sums)
+        room = winograd_scratch(shape, filters, z.dtype)
+        winograd_blocks(z, tail, filters, streamed, n_images or 0, y, statistics, *room, sums)
     else:
         padded = padded_scratch(shape, weight.shape[2], stride, z.dtype)
         conv2d_blocks(z, tail, filters, start if started else y, started, stride, streamed, n_images or 0,
@@ -171,15 +171,18 @@ def conv2d_backward(x, weight, dy, wants_dx=True):
     # dx is a convolution of dy with the filters turned by 180 degrees
     turned = np.ascontiguousarray(weight[:, :, ::-1, ::-1].swapaxes(0, 1))
     dx = conv2d_forward(dy, turned, np.zeros(len(turned), x.dtype)) if wants_dx else None
-    dweight = np.empty((len(x), *weight.shape), x.dtype)
+    dweight = scratch("dweight", (len(x), *weight.shape), x.dtype)
+    dbias = np.empty((len(x), len(weight)))
     padded = padded_scratch(x.shape[1:4], 3, 1, x.dtype, strips=False)
-    conv2d_weight_blocks(x, no_tail(x), dy, dweight, padded)
-    return dx, add_blocks(dweight, x.dtype), channel_totals(dy)
+    conv2d_weight_blocks(x, no_tail(x), dy, dweight, dbias, padded)
+    return dx, add_blocks(dweight, x.dtype), add_blocks(dbias, x.dtype)
 
 
 def add_blocks(parts, dtype):
     """Return the sum of the blocks' parts (n_blocks, ...), added in their order."""
-    return parts.sum(axis=0, dtype=np.float64).astype(dtype)
+    totals = np.zeros(parts[0].size)
+    add_rows(parts.reshape(len(parts), -1), totals)
+    return totals.astype(dtype).reshape(parts.shape[1:])
 
 
 def dense_forward(x, weight, bias):
@@ -191,25 +194,19 @@ def dense_forward(x, weight, bias):
 def dense_stage(z, tail, weight, bias, start=None, y=None):
     """Return the dense layer's output for what a `Tail` makes of z: see `conv2d_stage`."""
     y = empty((len(z), len(weight), LANES), z.dtype) if y is None else y
-    scratch = empty((get_num_threads(), *pooled_shape(z.shape[1:4], tail.pool), LANES), z.dtype)
+    room = scratch("features", (get_num_threads(), *pooled_shape(z.shape[1:4], tail.pool), LANES), z.dtype)
     started = start is not None
-    dense_blocks(z, tail, weight, bias, start if started else y, started, y, scratch)
+    dense_blocks(z, tail, weight, bias, start if started else y, started, y, room)
     return y
 
 
 def dense_backward(x, weight, dy):
     """Return the gradients (dx, dweight, dbias) of dense_forward."""
     dx = dense_forward(dy, np.ascontiguousarray(weight.T), np.zeros(weight.shape[1], x.dtype))
-    dweight = np.empty((len(x), *weight.shape), x.dtype)
+    dweight = scratch("dweight", (len(x), *weight.shape), x.dtype)
     rows = unpack(x, len(x) * LANES).reshape(len(x), LANES, -1)
     dense_weight_blocks(rows, dy, dweight)
-    return dx, add_blocks(dweight, x.dtype), channel_totals(dy)
-
-
-def channel_totals(x):
-    """Return the sums (C,) of each channel over all lanes and pixels."""
-    sums, _ = all_statistics(x, len(x) * LANES)
-    return add_blocks(sums, x.dtype)
+    return dx, add_blocks(dweight, x.dtype), dy.sum(axis=(0, 2), dtype=np.float64).astype(x.dtype)
 
 
 def batchnorm_statistics(x, n_images):
@@ -226,13 +223,9 @@ def all_statistics(x, n_images):
 
 def mean_and_variance(statistics, n_images, x):
     """Return mean and variance of each channel of x from the statistics of its blocks."""
-    sums, squares = statistics
-    counts = np.minimum(LANES, n_images - LANES * np.arange(len(x)))[:, None] * (x[0, 0].size // LANES)
-    count = counts.sum()
-    mean = sums.sum(axis=0) / count
-    # squares are taken around the mean of their block; moving them to the common mean cancels nothing
-    squares = squares + counts * (sums / counts - mean) ** 2
-    return mean.astype(x.dtype), (squares.sum(axis=0) / count).astype(x.dtype)
+    moments = np.empty((2, statistics.shape[2]), x.dtype)
+    add_statistics(statistics, n_images, x[0, 0].size // LANES, moments)
+    return moments[0], moments[1]
 
 
 def batchnorm_backward(x, dy, mean, variance, gamma, epsilon, n_images):

@@ -6,6 +6,7 @@ sizes again and again, so the memory of an array that nobody holds any more wait
 """
 
 import math
+import threading
 import weakref
 from collections import OrderedDict
 
@@ -17,10 +18,13 @@ from .compiling import parallel_kernel
 ALIGNMENT = 64  # bytes in a cache line and in a register of AVX-512
 SMALLEST = 2**12  # bytes; smaller arrays are left to the allocator
 KEPT = 2**29  # bytes that may wait
+SCRATCHES = 64  # arrays that a thread of Python keeps for kernels to work in
 
 _waiting = OrderedDict()  # size -> buffers, the size that was used last at the end
 _waiting_bytes = [0]
 _lent = {}  # id of a weak reference to an array -> the reference, and the buffer that the array is a view of
+
+_own = threading.local()
 
 
 def empty(shape, dtype):
@@ -60,6 +64,19 @@ def _give_back(reference):
     _waiting_bytes[0] += buffer.size
     while _waiting_bytes[0] > KEPT:  # sizes that nobody asks for any more go first
         _take(next(iter(_waiting)))
+
+
+def scratch(name, shape, dtype):
+    """Return an uninitialized array for a kernel to work in, the same at each call with these arguments.
+
+    Nobody looks at it when the kernel has ended. Threads of Python get arrays of their own.
+    """
+    arrays, key = _own.__dict__, (name, shape, dtype)
+    if key not in arrays:
+        if len(arrays) == SCRATCHES:
+            arrays.clear()
+        arrays[key] = empty(shape, dtype)
+    return arrays[key]
 
 
 class Arena:

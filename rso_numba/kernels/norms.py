@@ -64,6 +64,30 @@ def around_mean(sums, t, c, count):
 
 
 @kernel
+def add_statistics(statistics, n_images, n_pixels, moments):
+    # statistics (2, n_blocks, C) of the blocks -> mean and variance, moments (2, C)
+    # The squares are taken around the mean of their block; moving them to the common mean cancels nothing.
+    n_blocks, n_channels = statistics.shape[1:]
+    for c in range(n_channels):
+        total = squares = 0.0
+        for b in range(n_blocks):
+            total += statistics[0, b, c]
+        mean = total / (n_images * n_pixels)
+        for b in range(n_blocks):
+            count = min(n_images - b * LANES, LANES) * n_pixels
+            squares += statistics[1, b, c] + count * (statistics[0, b, c] / count - mean) ** 2
+        moments[0, c], moments[1, c] = mean, squares / (n_images * n_pixels)
+
+
+@kernel
+def add_rows(rows, totals):
+    # rows (n, m), totals (m,) of zeros in float64: their sum, row by row
+    for i in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            totals[j] += rows[i, j]
+
+
+@kernel
 def deviations(x, b, c, center, squared):
     # x[b, c] (n_pixels, LANES) -> sum of x - center or its square: 32 pixels in its own type, then in float64
     result = 0.0

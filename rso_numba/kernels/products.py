@@ -12,8 +12,8 @@ import numpy as np
 from numba import get_num_threads, get_thread_id, prange
 
 from .compiling import formula, kernel, parallel_kernel
-from .lanes import LANES, add_up, fetch, fill, first_lanes, load, multiply_add, settle, store, stream
-from .memory import empty
+from .lanes import LANES, add, add_up, fetch, fill, first_lanes, load, multiply_add, settle, store, stream
+from .memory import scratch
 from .norms import around_mean, count_pixels
 from .tails import enter
 
@@ -38,7 +38,7 @@ def padded_scratch(shape, size, stride, dtype, strips=True):
         n_strips = -(-n_outputs // max(1, (n_rows - size) // stride + 1))
         n_outputs = -(-n_outputs // n_strips)
     n_rows = (n_outputs - 1) * stride + size
-    return empty((get_num_threads(), n_channels, n_rows, width, LANES), dtype)
+    return scratch("padded", (get_num_threads(), n_channels, n_rows, width, LANES), dtype)
 
 
 def side_by_side(weight, bias):
@@ -46,8 +46,10 @@ def side_by_side(weight, bias):
 
     The output channels that a tile needs are neighbours; copies of the last one make the last tile whole.
     """
-    channels = np.minimum(np.arange(len(weight) + -len(weight) % CHANNELS), len(weight) - 1)
-    return Filters(np.ascontiguousarray(weight[channels].transpose(1, 2, 3, 0)), bias[channels])
+    if len(weight) % CHANNELS:
+        channels = np.minimum(np.arange(len(weight) + -len(weight) % CHANNELS), len(weight) - 1)
+        weight, bias = weight[channels], bias[channels]
+    return Filters(np.ascontiguousarray(weight.transpose(1, 2, 3, 0)), np.ascontiguousarray(bias))
 
 
 @parallel_kernel
@@ -230,9 +232,10 @@ def store_pair(y, n, c, pixels, streamed, values):
 
 
 @parallel_kernel
-def conv2d_weight_blocks(x, tail, dy, dweight, padded):
+def conv2d_weight_blocks(x, tail, dy, dweight, dbias, padded):
     # x (n_blocks, C_in, H, W, LANES), dy (n_blocks, C_out, H, W, LANES); the tail changes nothing
-    # dweight (n_blocks, C_out, C_in, k, k), padded (n_threads, C_in, rows, columns, LANES) as for 3x3
+    # dweight (n_blocks, C_out, C_in, k, k), dbias (n_blocks, C_out)
+    # padded (n_threads, C_in, rows, columns, LANES) as for 3x3
     for b in prange(x.shape[0]):
         t, margin = get_thread_id(), (dweight.shape[3] - 1) // 2
         enter(x, b, 0, x.shape[1], tail, -margin, margin, padded, t)
@@ -240,6 +243,8 @@ def conv2d_weight_blocks(x, tail, dy, dweight, padded):
             for i in range(0, dweight.shape[2], 2):
                 for kh in range(dweight.shape[3]):
                     conv2d_weight_tile(padded, t, dy, dweight, b, o, i, kh)
+        for o in range(dbias.shape[1]):
+            dbias[b, o] = channel_total(dy, b, o)
 
 
 @kernel
@@ -273,6 +278,18 @@ def conv2d_weight_tile(padded, t, dy, dweight, b, o, i, kh):
     store_row(dweight, b, o2, i1, kh, v2)
     store_row(dweight, b, o3, i, kh, u3)
     store_row(dweight, b, o3, i1, kh, v3)
+
+
+@kernel
+def channel_total(x, b, c):
+    # x (n_blocks, C, H, W, LANES) -> sum of channel c of x[b]: row by row in the type of x, then in float64
+    total = 0.0
+    for h in range(x.shape[2]):
+        row = fill(x.dtype.type(0))
+        for w in range(x.shape[3]):
+            row = add(load(x, (b, c, h, w)), row)
+        total += add_up(row)
+    return total
 
 
 @formula

@@ -24,7 +24,7 @@ from numba import get_num_threads, get_thread_id, prange
 
 from .compiling import formula, kernel, parallel_kernel
 from .lanes import LANES, add, fill, first_lanes, load, multiply, multiply_add, settle, store, stream
-from .memory import empty
+from .memory import scratch
 from .norms import around_mean, count_pixels
 from .products import (
     CHANNELS,
@@ -67,10 +67,10 @@ def winograd_scratch(shape, filters, dtype):
     n_threads, (n_in, _, _, n_out) = get_num_threads(), filters.weight.shape
     whole_tiles = n_in, *(SIDE * -(-n // SIDE) for n in shape[1:])
     # the number of channels is odd, for what lies apart by a power of two competes for places in the cache
-    return (np.empty((POINTS, n_in, n_out), dtype),
+    return (scratch("filters", (POINTS, n_in, n_out), dtype),
             padded_scratch(whole_tiles, SIDE + 2, SIDE, dtype),
-            empty((n_threads * POINTS, n_in | 1, PIXELS, LANES), dtype),
-            empty((n_threads * POINTS, CHANNELS + 1, PIXELS, LANES), dtype))
+            scratch("points", (n_threads * POINTS, n_in | 1, PIXELS, LANES), dtype),
+            scratch("products", (n_threads * POINTS, CHANNELS + 1, PIXELS, LANES), dtype))
 
 
 @parallel_kernel
