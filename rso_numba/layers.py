@@ -203,6 +203,7 @@ class BatchNorm(Layer):
 
     The statistics are those of the mini-batch (`Pass.batch_statistics`) or the stored ones, which
     are a running average (momentum 0.1) or those of one chosen set (momentum 1, `calibrate`).
+    A ReLU that directly follows is done in the same pass over memory, `with_relu`: see `Network.steps`.
 
     Weights: `gamma` (C,), `beta` (C,). Buffers: `running_mean` (C,), `running_variance` (C,).
     """
@@ -218,14 +219,14 @@ class BatchNorm(Layer):
         self.running_mean = np.zeros(shape[0], np.float32)
         self.running_variance = np.ones(shape[0], np.float32)
 
-    def forward(self, x, run):
+    def forward(self, x, run, with_relu=False):
         mean, variance = self.running_mean, self.running_variance
         if run.batch_statistics:
             mean, variance = run.kernels.batchnorm_statistics(x, run.n_images)
             self.follow(mean, variance, run.momentum)
         run.statistics[self.name] = mean, variance
         run.save(self, x, mean, variance)
-        return run.kernels.scale_shift(x, *self.scale_and_shift(mean, variance))
+        return run.kernels.scale_shift(x, *self.scale_and_shift(mean, variance), with_relu)
 
     def scale_and_shift(self, mean, variance, channels=slice(None)):
         """Return what each channel is multiplied with and what is added to it, (C,) arrays."""
@@ -242,10 +243,11 @@ class BatchNorm(Layer):
         mean, variance = run.statistics[self.name] = run.kernels.batchnorm_statistics(x, run.n_images)
         return run.kernels.scale_shift(x, *self.scale_and_shift(mean, variance, channels))
 
-    def backward(self, dy, run):
+    def backward(self, dy, run, with_relu=False):
         x, mean, variance = run.saved[self.name]
+        relu = self.scale_and_shift(mean, variance) if with_relu else None
         dx, dgamma, dbeta = run.kernels.batchnorm_backward(
-            x, dy, mean, variance, self.gamma, self.epsilon, run.n_images
+            x, dy, mean, variance, self.gamma, self.epsilon, run.n_images, relu
         )
         run.collect(self, gamma=dgamma, beta=dbeta)
         return dx

@@ -124,6 +124,17 @@ class Network:
         """Whether any layer is a BatchNorm."""
         return any(isinstance(leaf, BatchNorm) for leaf in self.leaves)
 
+    @cached_property
+    def steps(self):
+        """The layers as `propagate` runs them, (layer, arguments): a BatchNorm does the ReLU behind it."""
+        steps = []
+        for layer in self.layers:
+            if isinstance(layer, ReLU) and steps and isinstance(steps[-1][0], BatchNorm) and not steps[-1][1]:
+                steps[-1][1]["with_relu"] = True
+            else:
+                steps.append((layer, {}))
+        return steps
+
     def views(self, vector):
         """Return `vector` (n_weights,) cut up as the weights are: views of it, by `str(parameter)`."""
         views, start = {}, 0
@@ -160,15 +171,15 @@ class Network:
 
     def propagate(self, x, run):
         """Return the logits of packed images `x`; `run` is the `Pass`."""
-        for layer in self.layers:
-            x = layer.forward(x, run)
+        for layer, arguments in self.steps:
+            x = layer.forward(x, run, **arguments)
         return x
 
     def backpropagate(self, dlogits, run):
         """Fill `run.gradients` from the gradient of the loss with respect to the logits."""
         dy, run.first = dlogits, next(layer for layer in self.leaves if layer.parameter_names)
-        for layer in reversed(self.layers):
-            dy = layer.backward(dy, run)
+        for layer, arguments in reversed(self.steps):
+            dy = layer.backward(dy, run, **arguments)
             if layer is run.first:
                 break
 

@@ -164,6 +164,20 @@ def test_batchnorm_gradient_goes_through_the_statistics(backend, rng, n):
     _check_gradient(forward, [x, gamma, beta], [k.unpack(dx, n), dgamma, dbeta], dy)
 
 
+@pytest.mark.parametrize("n", [3, 17])
+def test_batchnorm_with_the_relu_behind_it_is_both(backend, rng, n):
+    k = kernels.backend(backend)
+    x, dy, gamma = k.pack(_random(rng, n, 2, 5, 7)), k.pack(_random(rng, n, 2, 5, 7)), _random(rng, 2)
+    relu = scale, shift = _random(rng, 2), _random(rng, 2)
+    y = k.relu_forward(k.scale_shift(x, scale, shift))
+    np.testing.assert_array_equal(k.scale_shift(x, scale, shift, True), y)
+    moments = k.batchnorm_statistics(x, n)
+    found = k.batchnorm_backward(x, dy, *moments, gamma, 1e-5, n, relu)
+    expected = k.batchnorm_backward(x, k.relu_backward(y, dy), *moments, gamma, 1e-5, n)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kernel, expected", [
     ("maxpool", [[1, 0], [0, 0]]),
     ("globalmax", [[1, 0], [0, 0]]),

@@ -299,3 +299,13 @@ def test_a_skip_connection_needs_no_rewrite(backend, rng):
         for index in list(np.ndindex(parameter.value.shape))[::7]:
             expected = naive.central_difference(loss, parameter.value, index)
             assert gradient[index] == pytest.approx(expected, rel=1e-5, abs=1e-8)
+
+
+def test_a_batchnorm_does_the_relu_directly_behind_it():
+    relus = [ReLU() for _ in range(4)]
+    norms = [BatchNorm() for _ in range(3)]
+    chain = [relus[0], norms[0], relus[1], relus[2], norms[1], norms[2], relus[3], Flatten(), Dense(2)]
+    steps = models.Network(chain, (1, 2, 2), 2).steps
+    with_relu = {"with_relu": True}
+    expected = [(relus[0], {}), (norms[0], with_relu), (relus[2], {}), (norms[1], {}), (norms[2], with_relu)]
+    assert steps[:5] == expected and [layer for layer, _ in steps[5:]] == chain[-2:]

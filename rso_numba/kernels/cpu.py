@@ -29,7 +29,7 @@ from . import formulas
 from .compiling import formula, parallel_kernel
 from .lanes import LANES
 from .memory import empty, scratch
-from .norms import add_rows, add_statistics, batchnorm_gradient_blocks, product_blocks, statistics_blocks
+from .norms import add_rows, add_statistics, batchnorm_gradient_blocks, gradient_sum_blocks, statistics_blocks
 from .pools import (
     avgpool_blocks,
     avgpool_gradient_blocks,
@@ -107,21 +107,22 @@ def unpack_blocks(x, rows):
                 rows[b * LANES + lane, i] = x[b, i, lane]
 
 
-def scale_shift(x, scale, shift):
-    """Return scale * x + shift, channel by channel."""
+def scale_shift(x, scale, shift, with_relu=False):
+    """Return scale * x + shift, channel by channel, or the ReLU of it."""
     y = empty(x.shape, x.dtype)
-    scale_shift_blocks(by_channel(x), scale, shift, by_channel(y))
+    scale_shift_blocks(by_channel(x), scale, shift, with_relu, by_channel(y))
     return y
 
 
 @parallel_kernel
-def scale_shift_blocks(x, scale, shift, y):
+def scale_shift_blocks(x, scale, shift, with_relu, y):
     # x, y (n_blocks, C, n_pixels, LANES), scale and shift (C,)
     for b in prange(x.shape[0]):
         for c in range(x.shape[1]):
             for p in range(x.shape[2]):
                 for lane in range(LANES):
-                    y[b, c, p, lane] = scale[c] * x[b, c, p, lane] + shift[c]
+                    value = scale[c] * x[b, c, p, lane] + shift[c]
+                    y[b, c, p, lane] = relu(value) if with_relu else value
 
 
 def conv2d_forward(x, weight, bias):
@@ -228,17 +229,22 @@ def mean_and_variance(statistics, n_images, x):
     return moments[0], moments[1]
 
 
-def batchnorm_backward(x, dy, mean, variance, gamma, epsilon, n_images):
-    """Return the gradients (dx, dgamma, dbeta) of BatchNorm with the statistics of this batch."""
+def batchnorm_backward(x, dy, mean, variance, gamma, epsilon, n_images, relu=None):
+    """Return the gradients (dx, dgamma, dbeta) of BatchNorm with the statistics of this batch.
+
+    With `relu`, the scale and shift of the forward pass, dy is the gradient behind a ReLU.
+    """
     dx = empty(x.shape, x.dtype)
-    sums = np.empty((2, *x.shape[:2]), np.float64)
+    sums = np.empty((2, *x.shape[:2]))
     inverse_std = (1 / np.sqrt(variance + x.dtype.type(epsilon))).astype(x.dtype)
-    product_blocks(as_maps(x), as_maps(dy), mean, inverse_std, n_images, sums)
+    scale, shift = (np.zeros_like(mean), np.ones_like(mean)) if relu is None else relu  # 0 x + 1 is positive
+    moments = mean, inverse_std, scale, shift
+    gradient_sum_blocks(by_channel(x), by_channel(dy), *moments, n_images, sums)
     dbeta, dgamma = sums.sum(axis=1)
-    count = n_images * np.prod(x.shape[2:-1])
+    count = n_images * (x[0, 0].size // LANES)
     means = (dbeta / count).astype(x.dtype), (dgamma / count).astype(x.dtype)
-    arguments = mean, inverse_std, gamma, *means, n_images
-    batchnorm_gradient_blocks(by_channel(x), by_channel(dy), *arguments, by_channel(dx))
+    batchnorm_gradient_blocks(by_channel(x), by_channel(dy), *moments, gamma, *means, n_images,
+                              by_channel(dx))
     return dx, dgamma.astype(x.dtype), dbeta.astype(x.dtype)
 
 

@@ -104,13 +104,13 @@ def unpack_kernel(x, rows):
             rows[b * LANES + lane, i] = x[b, i, lane]
 
 
-def scale_shift(x, scale, shift):
-    """Return scale * x + shift, channel by channel."""
+def scale_shift(x, scale, shift, with_relu=False):
+    """Return scale * x + shift, channel by channel, or the ReLU of it."""
     y = empty(x.shape, x.dtype)
     n_pixels = by_channel(x).shape[2]
     launch(scale_shift_kernel, len(x) * x.shape[1] * n_pixels,
            by_channel(x), to_device(scale), to_device(shift), by_channel(y))
-    return y
+    return relu_forward(y) if with_relu else y
 
 
 @cuda.jit
@@ -198,8 +198,12 @@ def block_statistics(x, n_images):
     return to_host(sums)
 
 
-def batchnorm_backward(x, dy, mean, variance, gamma, epsilon, n_images):
-    """Return the gradients (dx, dgamma, dbeta) of BatchNorm with the statistics of this batch."""
+def batchnorm_backward(x, dy, mean, variance, gamma, epsilon, n_images, relu=None):
+    """Return the gradients (dx, dgamma, dbeta) of BatchNorm with the statistics of this batch.
+
+    With `relu`, the scale and shift of the forward pass, dy is the gradient behind a ReLU.
+    """
+    dy = dy if relu is None else relu_backward(scale_shift(x, *relu), dy)
     dx, sums = empty(x.shape, x.dtype), empty((2, *x.shape[:2]), np.float64)
     inverse_std = (1 / np.sqrt(variance + x.dtype.type(epsilon))).astype(x.dtype)
     both, parameters = (by_channel(x), by_channel(dy)), (to_device(mean), to_device(inverse_std))

@@ -191,6 +191,17 @@ def larger(typing_context, a, b):
 
 
 @intrinsic
+def relu_gradient(typing_context, y, dy):
+    """Return the numbers of dy where those of y are positive, else 0: `formulas.relu_gradient`."""
+
+    def generate(context, builder, signature, arguments):
+        none = ir.Constant(arguments[0].type, None)
+        return builder.select(builder.fcmp_ordered(">", arguments[0], none), arguments[1], none)
+
+    return dy(y, dy), generate
+
+
+@intrinsic
 def where_equal(typing_context, a, b, if_equal, otherwise):
     """Return the numbers of if_equal where a == b, else those of otherwise, all of them Lanes."""
 
@@ -256,6 +267,10 @@ if numba.config.DISABLE_JIT:  # the same in plain Python, on arrays of LANES num
     def larger(a, b):  # noqa: F811
         """Return the larger of two Lanes, number by number."""
         return np.where((a >= b) | (a != a), a, b)
+
+    def relu_gradient(y, dy):  # noqa: F811
+        """Return the numbers of dy where those of y are positive, else 0."""
+        return np.where(y > 0, dy, y.dtype.type(0))
 
     def where_equal(a, b, if_equal, otherwise):  # noqa: F811
         """Return the numbers of if_equal where a == b, else those of otherwise."""

@@ -6,13 +6,21 @@ Sums over images leave out the lanes that hold none, and end in float64, block b
 import numpy as np
 from numba import prange
 
-from . import formulas
 from .compiling import formula, kernel, parallel_kernel
-from .lanes import LANES, add, add_up, fill, first_lanes, load, multiply, multiply_add, store
+from .lanes import (
+    LANES,
+    add,
+    add_up,
+    fill,
+    first_lanes,
+    load,
+    multiply,
+    multiply_add,
+    relu_gradient,
+    store,
+)
 
 ZERO = np.float32(0)
-
-batchnorm_gradient = formula(formulas.batchnorm_gradient)
 
 
 @parallel_kernel
@@ -111,16 +119,6 @@ def moment(x, b, c, center, power, n_lanes):
     return total
 
 
-@parallel_kernel
-def product_blocks(x, dy, mean, inverse_std, n_images, sums):
-    # x, dy (n_blocks, C, H, W, LANES), mean and inverse_std (C,)
-    # sums (2, n_blocks, C): of dy, and of dy * normalized x
-    for b in prange(x.shape[0]):
-        for c in range(x.shape[1]):
-            sums[0, b, c], product, _ = moment_block(x, b, c, dy, c, mean[c], n_images - b * LANES)
-            sums[1, b, c] = product * inverse_std[c]
-
-
 @kernel
 def moment_block(z, b, k, u, k_u, mean, n_lanes):
     # block b of channel k of z and k_u of u, (n_blocks, C, H, W, LANES) -> sums of u, (z - mean) u and u u
@@ -141,14 +139,47 @@ def moment_block(z, b, k, u, k_u, mean, n_lanes):
 
 
 @parallel_kernel
-def batchnorm_gradient_blocks(x, dy, mean, inverse_std, gamma, mean_dy, mean_dy_normalized, n_images, dx):
-    # x, dy, dx (n_blocks, C, n_pixels, LANES), the others (C,)
+def gradient_sum_blocks(x, dy, mean, inverse_std, scale, shift, n_images, sums):
+    # x, dy (n_blocks, C, n_pixels, LANES), the others (C,)
+    # sums (2, n_blocks, C): of dy, and of dy * normalized x; dy counts where scale * x + shift is positive
     for b in prange(x.shape[0]):
         for c in range(x.shape[1]):
+            total, product = gradient_sums(x, dy, b, c, mean[c], scale[c], shift[c], n_images - b * LANES)
+            sums[0, b, c], sums[1, b, c] = total, product * inverse_std[c]
+
+
+@kernel
+def gradient_sums(x, dy, b, c, mean, scale, shift, n_lanes):
+    # channel c of block b -> sums of dy and (x - mean) dy over the first n_lanes lanes (or all): 32 pixels in
+    # the type of x, then in float64
+    zero, is_real = fill(x.dtype.type(0)), first_lanes(n_lanes, x.dtype.type(1))
+    total = product = 0.0
+    for first in range(0, x.shape[2], 32):
+        part = part_product = zero
+        for p in range(first, min(first + 32, x.shape[2])):
+            value = load(x, (b, c, p))
+            gradient = relu_gradient(multiply_add(scale, value, fill(shift)), load(dy, (b, c, p)))
+            gradient = multiply(is_real, gradient)
+            part = add(gradient, part)
+            part_product = multiply_add(add(value, fill(-mean)), gradient, part_product)
+        total += add_up(part)
+        product += add_up(part_product)
+    return total, product
+
+
+@parallel_kernel
+def batchnorm_gradient_blocks(x, dy, mean, inverse_std, scale, shift, gamma, mean_dy, mean_dy_normalized,
+                              n_images, dx):
+    # x, dy, dx (n_blocks, C, n_pixels, LANES), the others (C,); of scale and shift see above
+    # `formulas.batchnorm_gradient` as factor * dy + slope * x + constant
+    for b in prange(x.shape[0]):
+        is_real = first_lanes(n_images - b * LANES, x.dtype.type(1))
+        for c in range(x.shape[1]):
+            factor = gamma[c] * inverse_std[c]
+            slope = -factor * mean_dy_normalized[c] * inverse_std[c]
+            constant = fill(-factor * mean_dy[c] - slope * mean[c])
             for p in range(x.shape[2]):
-                for lane in range(LANES):
-                    gradient = batchnorm_gradient(
-                        x[b, c, p, lane], dy[b, c, p, lane],
-                        mean[c], inverse_std[c], gamma[c], mean_dy[c], mean_dy_normalized[c],
-                    )
-                    dx[b, c, p, lane] = gradient if b * LANES + lane < n_images else ZERO
+                value = load(x, (b, c, p))
+                gradient = relu_gradient(multiply_add(scale[c], value, fill(shift[c])), load(dy, (b, c, p)))
+                gradient = multiply_add(factor, gradient, multiply_add(slope, value, constant))
+                store(dx, (b, c, p), multiply(is_real, gradient))

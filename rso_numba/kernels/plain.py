@@ -18,10 +18,11 @@ def unpack(x, n_images):
     return x[:n_images]
 
 
-def scale_shift(x, scale, shift):
-    """Return scale * x + shift, channel by channel."""
+def scale_shift(x, scale, shift, with_relu=False):
+    """Return scale * x + shift, channel by channel, or the ReLU of it."""
     # x (N, C, H, W), scale (C,), shift (C,)
-    return x * scale[:, None, None] + shift[:, None, None]
+    y = x * scale[:, None, None] + shift[:, None, None]
+    return relu_forward(y) if with_relu else y
 
 
 def conv2d_forward(x, weight, bias):
@@ -66,8 +67,12 @@ def batchnorm_statistics(x, n_images):
     return mean.astype(x.dtype), variance.astype(x.dtype)
 
 
-def batchnorm_backward(x, dy, mean, variance, gamma, epsilon, n_images):
-    """Return the gradients (dx, dgamma, dbeta) of BatchNorm with the statistics of this batch."""
+def batchnorm_backward(x, dy, mean, variance, gamma, epsilon, n_images, relu=None):
+    """Return the gradients (dx, dgamma, dbeta) of BatchNorm with the statistics of this batch.
+
+    With `relu`, the scale and shift of the forward pass, dy is the gradient behind a ReLU.
+    """
+    dy = dy if relu is None else relu_backward(scale_shift(x, *relu), dy)
     # y = gamma * z + beta, z = (x - mean) / sqrt(variance + epsilon); mean and variance depend on x
     inverse = 1 / np.sqrt(variance + x.dtype.type(epsilon))
     z = scale_shift(x, inverse, -mean * inverse)

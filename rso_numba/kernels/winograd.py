@@ -49,7 +49,7 @@ def filter_points():
     rows = [[1, 0, 0]]
     for x, other in (P, Q), (-P, Q), (Q, P), (-Q, P):
         rows.append(x ** np.arange(3) / (2 * x * x * (x**2 - other**2)))
-    return np.array([*rows, [0, 0, 1]], np.float32)
+    return np.array([*rows, [0, 0, 1]])
 
 
 G = filter_points()
@@ -99,7 +99,7 @@ def filters_at_points(weight, g, filters_at):
         for j in range(len(g)):
             for c in range(weight.shape[0]):
                 for o in range(weight.shape[3]):
-                    total = weight.dtype.type(0)
+                    total = 0.0
                     for kh in range(3):
                         for kw in range(3):
                             total += g[i, kh] * g[j, kw] * weight[c, kh, kw, o]
