@@ -132,7 +132,8 @@ class Standardize(Layer):
 class Conv2D(Layer):
     """Convolution of stride 1: 3x3 filters on an input padded by zeros, or 1x1 filters.
 
-    Weights: `weight` (C_out, C_in, k, k), `bias` (C_out,).
+    Weights: `weight` (C_out, C_in, k, k), `bias` (C_out,). Without `exact_zeros`, which a BatchNorm behind it
+    makes useless (see `Network.steps`), there is a faster way.
     """
 
     filters: int
@@ -153,9 +154,9 @@ class Conv2D(Layer):
     def output_shape(self, shape):
         return (self.filters, *shape[1:])
 
-    def forward(self, x, run):
+    def forward(self, x, run, exact_zeros=True):
         run.save(self, x)
-        return run.kernels.conv2d_forward(x, self.weight, self.bias)
+        return run.kernels.conv2d_forward(x, self.weight, self.bias, exact_zeros=exact_zeros)
 
     def backward(self, dy, run):
         (x,) = run.saved[self.name]

@@ -4,6 +4,7 @@ import json
 import zipfile
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -126,13 +127,20 @@ class Network:
 
     @cached_property
     def steps(self):
-        """The layers as `propagate` runs them, (layer, arguments): a BatchNorm does the ReLU behind it."""
+        """The layers with arguments of their forward and backward, which depend on what follows.
+
+        A BatchNorm does the ReLU behind it. A convolution need not keep zeros exact for a BatchNorm.
+        """
         steps = []
-        for layer in self.layers:
-            if isinstance(layer, ReLU) and steps and isinstance(steps[-1][0], BatchNorm) and not steps[-1][1]:
-                steps[-1][1]["with_relu"] = True
-            else:
-                steps.append((layer, {}))
+        for layer, following in pairwise([*self.layers, None]):
+            if isinstance(layer, ReLU) and steps and isinstance(steps[-1][0], BatchNorm) and not steps[-1][2]:
+                steps[-1] = steps[-1][0], {"with_relu": True}, {"with_relu": True}
+                continue
+            steps.append((layer, {}, {}))
+            if isinstance(following, BatchNorm):
+                before = -2 if isinstance(layer, AvgPool) and len(steps) > 1 else -1
+                if isinstance(steps[before][0], Conv2D):
+                    steps[before][1]["exact_zeros"] = False
         return steps
 
     def views(self, vector):
@@ -171,14 +179,14 @@ class Network:
 
     def propagate(self, x, run):
         """Return the logits of packed images `x`; `run` is the `Pass`."""
-        for layer, arguments in self.steps:
+        for layer, arguments, _ in self.steps:
             x = layer.forward(x, run, **arguments)
         return x
 
     def backpropagate(self, dlogits, run):
         """Fill `run.gradients` from the gradient of the loss with respect to the logits."""
         dy, run.first = dlogits, next(layer for layer in self.leaves if layer.parameter_names)
-        for layer, arguments in reversed(self.steps):
+        for layer, _, arguments in reversed(self.steps):
             dy = layer.backward(dy, run, **arguments)
             if layer is run.first:
                 break

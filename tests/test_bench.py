@@ -82,7 +82,8 @@ def test_command_prints_a_table_and_writes_json(written):
     assert {(row["what"], row["unit"]) for row in rows} == {
         ("FullForward", "s/weight"), ("DeltaForward", "s/weight"), (bench.THREE_PASSES, "s/weight"),
         (bench.CACHED, "s/weight"), ("SGD", "s/epoch"), ("SGD, PyTorch", "s/epoch"),
-        ("NumPy", "GFLOP/s"), ("conv2d_forward", "GFLOP/s"), ("PyTorch", "GFLOP/s")}
+        ("NumPy", "GFLOP/s"), ("conv2d_forward", "GFLOP/s"), ("conv2d, Winograd", "GFLOP/s"),
+        ("PyTorch", "GFLOP/s")}
     lines = out.splitlines()
     assert len(lines) == len(rows) + 3  # header, rule, and what was written
     column = lines[0].index("what")

@@ -7,8 +7,18 @@ import naive
 import numpy as np
 import pytest
 
-from rso_numba import models
-from rso_numba.layers import BatchNorm, Conv2D, Dense, Flatten, GlobalMaxPool, Layer, ReLU, Standardize
+from rso_numba import models, sgd
+from rso_numba.layers import (
+    AvgPool,
+    BatchNorm,
+    Conv2D,
+    Dense,
+    Flatten,
+    GlobalMaxPool,
+    Layer,
+    ReLU,
+    Standardize,
+)
 from rso_numba.models import Network, build
 
 
@@ -306,6 +316,24 @@ def test_a_batchnorm_does_the_relu_directly_behind_it():
     norms = [BatchNorm() for _ in range(3)]
     chain = [relus[0], norms[0], relus[1], relus[2], norms[1], norms[2], relus[3], Flatten(), Dense(2)]
     steps = models.Network(chain, (1, 2, 2), 2).steps
-    with_relu = {"with_relu": True}
-    expected = [(relus[0], {}), (norms[0], with_relu), (relus[2], {}), (norms[1], {}), (norms[2], with_relu)]
-    assert steps[:5] == expected and [layer for layer, _ in steps[5:]] == chain[-2:]
+    alone, both = ({}, {}), ({"with_relu": True}, {"with_relu": True})
+    assert steps[:3] == [(relus[0], *alone), (norms[0], *both), (relus[2], *alone)]
+    assert steps[3:5] == [(norms[1], *alone), (norms[2], *both)]
+    assert [step[0] for step in steps[5:]] == chain[-2:]
+
+
+def test_zeros_stay_exact_unless_a_batchnorm_is_next():
+    chain = [Conv2D(2), ReLU(), Conv2D(2), BatchNorm(), Conv2D(2), AvgPool(), BatchNorm(),
+             Conv2D(2), AvgPool(), ReLU(), Flatten(), Dense(2)]
+    steps = models.Network(chain, (1, 4, 4), 2).steps
+    assert [step[1] for step in steps if isinstance(step[0], Conv2D)] == [
+        {}, {"exact_zeros": False}, {"exact_zeros": False}, {}]
+
+
+def test_a_filter_of_nothing_gives_exactly_its_bias(backend, rng):
+    network = build("two_conv", (1, 28, 28), rng=3)
+    images = np.zeros((17, 1, 28, 28), np.float32)
+    images[:, :, 8:12, 8:12] = rng.random((17, 1, 4, 4))
+    gradients = sgd.gradients(network, images, np.arange(17) % 10, backend)
+    for a, b in zip(gradients, sgd.gradients(network, images, np.arange(17) % 10, "numpy"), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())

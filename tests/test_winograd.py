@@ -35,7 +35,7 @@ def test_outputs_and_statistics(shape, n_filters, strip, streamed, rng, monkeypa
 @cases
 def test_it_is_exact_but_for_rounding(shape, n_filters, rng):
     x, weight, bias = draw(rng, shape, n_filters, np.float64)
-    found = cpu.unpack(cpu.conv2d_forward(cpu.pack(x), weight, bias), shape[0])
+    found = cpu.unpack(cpu.conv2d_forward(cpu.pack(x), weight, bias, False), shape[0])
     np.testing.assert_allclose(found, plain.conv2d_forward(x, weight, bias), atol=1e-12)
 
 

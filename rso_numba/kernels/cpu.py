@@ -125,13 +125,16 @@ def scale_shift_blocks(x, scale, shift, with_relu, y):
                     y[b, c, p, lane] = relu(value) if with_relu else value
 
 
-def conv2d_forward(x, weight, bias):
-    """Return the cross-correlation of x with 3x3 (padded by 1) or 1x1 filters, plus bias."""
-    y, _ = conv2d_stage(x, no_tail(x), weight, bias, n_images=None)
+def conv2d_forward(x, weight, bias, exact_zeros=True):
+    """Return the cross-correlation of x with 3x3 (padded by 1) or 1x1 filters, plus bias.
+
+    With `exact_zeros` a sum of zeros is 0, for a ReLU that is next: its gradient is 0 there, 1 just above.
+    """
+    y, _ = conv2d_stage(x, no_tail(x), weight, bias, n_images=None, exact_zeros=exact_zeros)
     return y
 
 
-def conv2d_stage(z, tail, weight, bias, n_images, start=None, stride=1, y=None):
+def conv2d_stage(z, tail, weight, bias, n_images, start=None, stride=1, y=None, exact_zeros=False):
     """Return the convolution of what a `Tail` makes of z, and its statistics (None if n_images is None).
 
     With `start` it is added to that, instead of the bias. `stride` 2 is for filters that an average pool was
@@ -143,7 +146,7 @@ def conv2d_stage(z, tail, weight, bias, n_images, start=None, stride=1, y=None):
     statistics = np.empty((2, 0 if n_images is None else len(z), len(weight)))
     filters, started, streamed = side_by_side(weight, bias), start is not None, y.nbytes > STREAMED
     sums = scratch("sums", (get_num_threads(), len(filters.bias), 3, LANES), z.dtype)
-    if not started and stride == 1 and pays(weight, shape):
+    if not (started or stride > 1 or exact_zeros) and pays(weight, shape):
         room = winograd_scratch(shape, filters, z.dtype)
         winograd_blocks(z, tail, filters, streamed, n_images or 0, y, statistics, *room, sums)
     else:
@@ -171,7 +174,7 @@ def conv2d_backward(x, weight, dy, wants_dx=True):
     """Return the gradients (dx, dweight, dbias) of conv2d_forward; dx is None if nobody wants it."""
     # dx is a convolution of dy with the filters turned by 180 degrees
     turned = np.ascontiguousarray(weight[:, :, ::-1, ::-1].swapaxes(0, 1))
-    dx = conv2d_forward(dy, turned, np.zeros(len(turned), x.dtype)) if wants_dx else None
+    dx = conv2d_forward(dy, turned, np.zeros(len(turned), x.dtype), False) if wants_dx else None
     dweight = scratch("dweight", (len(x), *weight.shape), x.dtype)
     dbias = np.empty((len(x), len(weight)))
     padded = padded_scratch(x.shape[1:4], 3, 1, x.dtype, strips=False)
