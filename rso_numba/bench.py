@@ -8,7 +8,6 @@ losses and the decision. Slow ways are timed on a few weights of every parameter
 import sys
 import timeit
 from dataclasses import dataclass, field, replace
-from functools import cache
 from time import perf_counter, sleep
 from unittest.mock import patch
 
@@ -16,8 +15,8 @@ import numba
 import numpy as np
 
 from . import kernels, models, presets, rso, sgd
+from .bench_torch import LEARNING_RATE, TorchForward, torch_or_none, torch_sgd
 from .datasets import Dataset
-from .evaluators import FullForward
 from .visits import visits
 
 CONFIGURATIONS = {  # model: mini-batch, preset, and the model that SGD trains beside it
@@ -26,7 +25,6 @@ CONFIGURATIONS = {  # model: mini-batch, preset, and the model that SGD trains b
     "paper_mnist": (5000, "authors", "original"),
 }
 SGD_BATCH_SIZES = (32, 256)
-LEARNING_RATE = 0.01
 CHECK_IMAGES = 64  # mini-batch of the comparison of losses, which is also the first call of everything
 BLOCK = 12  # trials of delta evaluation that are averaged before the median is taken
 THREE_PASSES, CACHED = "PyTorch, three passes", "PyTorch, cached input"
@@ -97,100 +95,9 @@ class Row:
     peak_mib: float | None = field(default_factory=peak_mib)
 
 
-def torch_or_none():
-    """Return PyTorch, if it is installed."""
-    try:
-        import torch
-    except ImportError:
-        return None
-    return torch
-
-
-@cache
-def torch_layers():
-    """Return PyTorch's forward of each kind of layer: functions of (layer, weights by name, x)."""
-    import torch
-    from torch.nn import functional as f
-
-    def standardize(layer, w, x):
-        mean, std = (torch.from_numpy(a).reshape(-1, 1, 1) for a in (layer.mean, layer.std))
-        return x if layer.scaling == "none" else (x - mean) / std
-
-    return {
-        "Standardize": standardize,
-        "Conv2D": lambda layer, w, x: f.conv2d(x, w["weight"], w.get("bias"), padding=layer.size // 2),
-        "Dense": lambda layer, w, x: f.linear(x, w["weight"], w.get("bias")),
-        "BatchNorm": lambda layer, w, x: f.batch_norm(
-            x, None, None, w["gamma"], w["beta"], training=True, eps=layer.epsilon),
-        "ReLU": lambda layer, w, x: f.relu(x),
-        "MaxPool": lambda layer, w, x: f.max_pool2d(x, 2),
-        "AvgPool": lambda layer, w, x: f.avg_pool2d(x, 2),
-        "GlobalMaxPool": lambda layer, w, x: x.amax((2, 3)),
-        "GlobalMeanPool": lambda layer, w, x: x.mean((2, 3)),
-        "Flatten": lambda layer, w, x: x.flatten(1),
-    }
-
-
-class TorchForward(FullForward):
-    """FullForward by PyTorch, on the same weights in memory: a change of one changes both.
-
-    With `cached`, a pass starts at the layer of the weight, as in the authors' code; making the input of
-    that layer takes `not_counted` seconds in all.
-    """
-
-    def __init__(self, network, cached=False):
-        super().__init__(network)
-        self.torch, self.cached, self.not_counted = torch_or_none(), cached, 0.0
-        self.layers = [
-            (layer, {name: self.torch.from_numpy(getattr(layer, name)) for name in layer.parameter_names})
-            for layer in network.layers]
-
-    def set_batch(self, images, labels, key=None):
-        self.x, self.labels = self.torch.from_numpy(images), self.torch.from_numpy(labels)
-
-    def propagate(self, x, start=0, stop=None):
-        """Return what the layers from `start` to before `stop` make of x."""
-        for layer, weights in self.layers[start:stop]:
-            x = torch_layers()[type(layer).__name__](layer, weights, x)
-        return x
-
-    def losses(self, parameter, index, candidates):
-        before, losses = parameter.value[index].copy(), np.empty(len(candidates))
-        start = [layer.name for layer, _ in self.layers].index(parameter.layer) if self.cached else 0
-        with self.torch.no_grad():
-            begin = perf_counter()
-            x = self.propagate(self.x, stop=start)
-            self.not_counted += perf_counter() - begin
-            for i, candidate in enumerate(candidates):
-                parameter.value[index] = candidate
-                logits = self.propagate(x, start)
-                losses[i] = self.torch.nn.functional.cross_entropy(logits, self.labels).item()
-        parameter.value[index] = before
-        return losses
-
-
 def our_sgd(network, data, batch_size, rng):
     """Train by one epoch of `sgd.train`; return the seconds."""
     return sgd.train(network, data, 1, batch_size, LEARNING_RATE, rng=rng).seconds
-
-
-def torch_sgd(network, data, batch_size, rng):
-    """Do what one epoch of `sgd.train` does, by PyTorch's autograd; return the seconds."""
-    twin, torch, rng = TorchForward(network), torch_or_none(), np.random.default_rng(rng)
-    network.fit_scaling(data.train_images)
-    weights = [w.requires_grad_() for _, own in twin.layers for w in own.values()]
-    order = rng.permutation(len(data.train_images))
-    begin = perf_counter()
-    order = rng.permutation(order)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        twin.set_batch(data.train_images[chosen], data.train_labels[chosen])
-        torch.nn.functional.cross_entropy(twin.propagate(twin.x), twin.labels).backward()
-        with torch.no_grad():
-            for w in weights:
-                w -= LEARNING_RATE * w.grad
-                w.grad = None
-    return perf_counter() - begin
 
 
 def first(n):

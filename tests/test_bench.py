@@ -7,7 +7,7 @@ import numba
 import numpy as np
 import pytest
 
-from rso_numba import bench, bench_gpu, datasets, models, rso, sgd
+from rso_numba import bench, bench_gpu, bench_torch, datasets, models, rso, sgd
 from rso_numba.__main__ import benchmark_table, main
 from rso_numba.evaluators import FullForward
 
@@ -15,7 +15,7 @@ from rso_numba.evaluators import FullForward
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """The tests change quickly between libraries, whose idle threads would take each other's cores."""
-    threads, torch = numba.get_num_threads(), bench.torch_or_none()
+    threads, torch = numba.get_num_threads(), bench_torch.torch_or_none()
     torch_threads = torch and torch.get_num_threads()
     numba.set_num_threads(1)
     if torch:
@@ -100,7 +100,7 @@ def test_without_torch_its_rows_are_skipped_visibly(written):
     assert all(row["measured"] == bench.NO_TORCH and row["relative"] is None for row in skipped)
     assert out.count("skipped: PyTorch is not installed; pip install 'rso_numba[bench]'") == len(skipped)
     timed = [row for row in result["rows"] if row["value"] is not None]
-    assert len(timed) == 8 and all(0 < row["value"] < np.inf for row in timed)
+    assert len(timed) == 11 and all(0 < row["value"] < np.inf for row in timed)
     assert not any("PyTorch" in row["against"] for row in result["rows"])
 
 
@@ -193,7 +193,7 @@ def test_torch_gives_the_same_losses(model, preset, cached, digits28, rng):
     network.fit_scaling(digits28.train_images)
     network.weights += rng.normal(0, 0.01, network.n_weights).astype(np.float32)
     before = network.weights.copy()
-    ours, peer = FullForward(network), bench.TorchForward(network, cached)
+    ours, peer = FullForward(network), bench_torch.TorchForward(network, cached)
     for judge in (ours, peer):
         judge.set_batch(digits28.train_images[:10], digits28.train_labels[:10])
     for parameter in network.parameters():
@@ -210,7 +210,7 @@ def test_torch_sgd_ends_with_the_same_weights(digits28):
     pytest.importorskip("torch")
     ours, peer = (job_of("original", digits28).network() for _ in range(2))
     sgd.train(ours, digits28, 1, 32, bench.LEARNING_RATE, rng=5)
-    assert bench.torch_sgd(peer, digits28, 32, rng=5) > 0
+    assert bench_torch.torch_sgd(peer, digits28, 32, rng=5) > 0
     np.testing.assert_allclose(peer.weights, ours.weights, rtol=1e-4, atol=1e-6)
 
 

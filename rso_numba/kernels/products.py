@@ -208,16 +208,23 @@ def fetch_tile(x, n, o, pixels):
 
 @formula
 def store_tile(y, n, o, pixels, streamed, values):
-    """Store two pixels of channels o to o + 7 in y[n]; what is beyond the last channel is a copy of it."""
-    last = y.shape[1] - 1
+    """Store two pixels of channels o to o + 7 in y[n], of those that it has."""
+    n_channels = y.shape[1] - o
     store_pair(y, n, o, pixels, streamed, values[0])
-    store_pair(y, n, min(o + 1, last), pixels, streamed, values[1])
-    store_pair(y, n, min(o + 2, last), pixels, streamed, values[2])
-    store_pair(y, n, min(o + 3, last), pixels, streamed, values[3])
-    store_pair(y, n, min(o + 4, last), pixels, streamed, values[4])
-    store_pair(y, n, min(o + 5, last), pixels, streamed, values[5])
-    store_pair(y, n, min(o + 6, last), pixels, streamed, values[6])
-    store_pair(y, n, min(o + 7, last), pixels, streamed, values[7])
+    if n_channels > 1:
+        store_pair(y, n, o + 1, pixels, streamed, values[1])
+    if n_channels > 2:
+        store_pair(y, n, o + 2, pixels, streamed, values[2])
+    if n_channels > 3:
+        store_pair(y, n, o + 3, pixels, streamed, values[3])
+    if n_channels > 4:
+        store_pair(y, n, o + 4, pixels, streamed, values[4])
+    if n_channels > 5:
+        store_pair(y, n, o + 5, pixels, streamed, values[5])
+    if n_channels > 6:
+        store_pair(y, n, o + 6, pixels, streamed, values[6])
+    if n_channels > 7:
+        store_pair(y, n, o + 7, pixels, streamed, values[7])
 
 
 @formula

@@ -13,8 +13,9 @@ outputs that 6x6 inputs d make with a filter g, 36 multiplications take the plac
     outputs (C_out, 4, 4) <-- A -- (36 points, C_out)
 
 B and A only cost additions and a few multiplications for each channel, which all the others share. The points
-are 0, 2/3, -2/3, 3/2, -3/2 and infinity: with them float32 loses little (an error of 5e-7 of the outputs'
-standard deviation, of which the direct way has 2e-7), and ones where others have to multiply.
+are 0, 2/3, -2/3, 3/2, -3/2 and infinity: with them float32 loses little (an error of 4e-7 of the outputs'
+standard deviation, of which the direct way has 2e-7). But a filter that sees only zeros gives a number that
+is not exactly zero, if the rest of its tile is not.
 
 Images are packed as drawn in `cpu.py`. Two tiles are computed at once, as two pixels are in `products.py`.
 """
@@ -40,7 +41,7 @@ from .products import (
 from .tails import enter
 
 SIDE, POINTS = 4, 36  # outputs of a tile are SIDE x SIDE
-P, Q = 2 / 3, 3 / 2  # the points that are neither 0 nor infinite, and not negative
+P, Q = 2 / 3, 3 / 2  # points, with P Q = 1; the others are -P, -Q, 0 and infinity
 P2, P3, Q2, Q3, PQ = P**2, P**3, Q**2, Q**3, P**2 + Q**2
 
 
@@ -56,7 +57,10 @@ G = filter_points()
 
 
 def pays(weight, shape):
-    """Return whether 3x3 filters (C_out, C_in, 3, 3) take less time this way on maps (C, H, W)."""
+    """Return whether filters (C_out, C_in, k, k) take less time this way on maps (C, H, W).
+
+    They need to be 3x3, and the multiplications to become half as many, to pay for B and A.
+    """
     n_tiles = -(-shape[1] // SIDE) * -(-shape[2] // SIDE)
     n_points = POINTS * (n_tiles + -n_tiles % PIXELS)
     return weight.shape[2] == 3 and min(weight.shape[:2]) >= 8 and 2 * n_points <= 9 * shape[1] * shape[2]
