@@ -20,8 +20,6 @@ from .lanes import (
     store,
 )
 
-ZERO = np.float32(0)
-
 
 @parallel_kernel
 def statistics_blocks(x, n_images, statistics):
