@@ -123,7 +123,7 @@ def scale_shift_kernel(x, scale, shift, y):
         y[b, c, p, lane] = scale[c] * x[b, c, p, lane] + shift[c]
 
 
-def conv2d_forward(x, weight, bias, stride=1, exact_zeros=True):
+def conv2d_forward(x, weight, bias, exact_zeros=True, stride=1):
     """Return the cross-correlation of x with 3x3 (padded by 1) or 1x1 filters, plus bias.
 
     With stride 2, weight is a 3x3 or 1x1 filter merged with the 2x2 average pool that follows it: 4x4 or 2x2.
