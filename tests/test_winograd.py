@@ -7,7 +7,8 @@ from rso_numba.kernels import cpu, plain, products, tails, winograd
 
 # (N, C_in, H, W), C_out: ragged blocks, tiles that hang over an edge, an odd number of tiles, more channels
 # than a tile has
-CASES = [((33, 16, 7, 7), 16), ((20, 9, 14, 11), 10), ((3, 8, 28, 28), 17), ((16, 16, 8, 6), 8)]
+CASES = [((33, 16, 7, 7), 16), ((20, 9, 14, 11), 10), ((3, 8, 28, 28), 17), ((16, 16, 8, 6), 8),
+         ((17, 8, 12, 13), 8)]
 cases = pytest.mark.parametrize("shape, n_filters", CASES, ids=str)
 
 
