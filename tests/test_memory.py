@@ -1,6 +1,7 @@
 """Memory that is used again: never while anything can still see it."""
 
 import gc
+import threading
 
 import numpy as np
 import pytest
@@ -87,3 +88,18 @@ def test_an_arena_is_bounded(monkeypatch):
     arena.forget()
     assert arena.hold([np.zeros(2400, np.float32)]) is not None  # slabs that are too small now make room
     assert arena.hold([np.zeros(1000, np.float32)]) is None
+
+
+def test_scratch_is_the_same_for_the_same_arguments_of_one_thread(monkeypatch):
+    monkeypatch.setattr(memory, "_own", threading.local())
+    monkeypatch.setattr(memory, "SCRATCHES", 3)
+    arguments = "padded", (64, 100), np.float32
+    first = memory.scratch(*arguments)
+    assert first.shape == (64, 100) and memory.scratch(*arguments) is first
+    others = [memory.scratch("sums", *arguments[1:]), memory.scratch("padded", (100, 64), np.float32)]
+    thread = threading.Thread(target=lambda: others.append(memory.scratch(*arguments)))
+    thread.start()
+    thread.join()
+    assert len({address(array) for array in (first, *others)}) == 4
+    memory.scratch("a fourth", *arguments[1:])  # more than are kept: all are forgotten
+    assert memory.scratch(*arguments) is not first

@@ -39,7 +39,7 @@ def test_backends_have_the_same_gradients(name, n, small):
     images, labels = small.train_images[:n], small.train_labels[:n]
     cpu, numpy = (sgd.gradients(network, images, labels, backend) for backend in ("cpu", "numpy"))
     for parameter, a, b in zip(network.parameters(), cpu, numpy, strict=True):
-        scale = np.abs(b).max() + 1e-2  # a bias before a BatchNorm has the gradient 0, and rounding
+        scale = np.abs(b).max() + 1e-3
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * scale, err_msg=str(parameter))
 
 

@@ -138,7 +138,7 @@ def conv2d_stage(z, tail, weight, bias, n_images, start=None, stride=1, y=None, 
     """Return the convolution of what a `Tail` makes of z, and its statistics (None if n_images is None).
 
     With `start` it is added to that, instead of the bias. `stride` 2 is for filters that an average pool was
-    merged into. It is written to y if that is given, which may be `start`.
+    merged into. It is written to y if that is given, which may be `start`. `exact_zeros`: see above.
     """
     shape = pooled_shape(z.shape[1:4], tail.pool)
     if y is None:

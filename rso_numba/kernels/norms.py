@@ -60,13 +60,16 @@ def count_pixels(sums, t, c, is_first, counts, values):
 
 
 @kernel
-def around_mean(sums, t, c, count):
-    # sums[t, c] (3, LANES) of `count` numbers, as above -> sum, and sum of squares around the mean
-    total, squares = 0.0, 0.0
-    for lane in range(LANES):
-        total += sums[t, c, 1, lane]
-        squares += sums[t, c, 2, lane]
-    return total - count * np.float64(sums[t, c, 0, 0]), max(squares - total * total / count, 0.0)
+def around_means(sums, t, count, statistics, b):
+    # sums[t] (C, 3, LANES) of `count` numbers in each channel, as above
+    # -> statistics[:, b] (2, C_out): sum, and sum of squares around the mean
+    for c in range(statistics.shape[2]):
+        total, squares = 0.0, 0.0
+        for lane in range(LANES):
+            total += sums[t, c, 1, lane]
+            squares += sums[t, c, 2, lane]
+        statistics[0, b, c] = total - count * np.float64(sums[t, c, 0, 0])
+        statistics[1, b, c] = max(squares - total * total / count, 0.0)
 
 
 @kernel
@@ -169,15 +172,14 @@ def gradient_sums(x, dy, b, c, mean, scale, shift, n_lanes):
 def batchnorm_gradient_blocks(x, dy, mean, inverse_std, scale, shift, gamma, mean_dy, mean_dy_normalized,
                               n_images, dx):
     # x, dy, dx (n_blocks, C, n_pixels, LANES), the others (C,); of scale and shift see above
-    # `formulas.batchnorm_gradient` as factor * dy + slope * x + constant
+    # `formulas.batchnorm_gradient`, of Lanes
     for b in prange(x.shape[0]):
         is_real = first_lanes(n_images - b * LANES, x.dtype.type(1))
         for c in range(x.shape[1]):
             factor = gamma[c] * inverse_std[c]
-            slope = -factor * mean_dy_normalized[c] * inverse_std[c]
-            constant = fill(-factor * mean_dy[c] - slope * mean[c])
+            slope = -mean_dy_normalized[c] * inverse_std[c]
             for p in range(x.shape[2]):
                 value = load(x, (b, c, p))
                 gradient = relu_gradient(multiply_add(scale[c], value, fill(shift[c])), load(dy, (b, c, p)))
-                gradient = multiply_add(factor, gradient, multiply_add(slope, value, constant))
-                store(dx, (b, c, p), multiply(is_real, gradient))
+                gradient = multiply_add(slope, add(value, fill(-mean[c])), add(gradient, fill(-mean_dy[c])))
+                store(dx, (b, c, p), multiply(is_real, multiply(factor, gradient)))

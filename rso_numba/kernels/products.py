@@ -12,9 +12,9 @@ import numpy as np
 from numba import get_num_threads, get_thread_id, prange
 
 from .compiling import formula, kernel, parallel_kernel
-from .lanes import LANES, add, add_up, fetch, fill, first_lanes, load, multiply_add, settle, store, stream
+from .lanes import LANES, add_up, fetch, fill, first_lanes, load, multiply_add, settle, store, stream
 from .memory import scratch
-from .norms import around_mean, count_pixels
+from .norms import around_means, count_pixels, deviations
 from .tails import enter
 
 CHANNELS, PIXELS = 8, 2  # of a tile of the convolution
@@ -72,9 +72,7 @@ def conv2d_blocks(z, tail, filters, start, started, stride, streamed, n_images, 
         conv2d_block(b, t, z, tail, filters, started, stride, streamed, n_lanes, y.shape[2:4], padded, flat,
                      sums)
         if is_counted:
-            count = y.shape[2] * y.shape[3] * n_lanes
-            for o in range(y.shape[1]):
-                statistics[0, b, o], statistics[1, b, o] = around_mean(sums, t, o, count)
+            around_means(sums, t, y.shape[2] * y.shape[3] * n_lanes, statistics, b)
 
 
 @kernel
@@ -243,6 +241,7 @@ def conv2d_weight_blocks(x, tail, dy, dweight, dbias, padded):
     # x (n_blocks, C_in, H, W, LANES), dy (n_blocks, C_out, H, W, LANES); the tail changes nothing
     # dweight (n_blocks, C_out, C_in, k, k), dbias (n_blocks, C_out)
     # padded (n_threads, C_in, rows, columns, LANES) as for 3x3
+    dy_flat = dy.reshape(len(dy), dy.shape[1], -1, LANES)
     for b in prange(x.shape[0]):
         t, margin = get_thread_id(), (dweight.shape[3] - 1) // 2
         enter(x, b, 0, x.shape[1], tail, -margin, margin, padded, t)
@@ -251,7 +250,7 @@ def conv2d_weight_blocks(x, tail, dy, dweight, dbias, padded):
                 for kh in range(dweight.shape[3]):
                     conv2d_weight_tile(padded, t, dy, dweight, b, o, i, kh)
         for o in range(dbias.shape[1]):
-            dbias[b, o] = channel_total(dy, b, o)
+            dbias[b, o] = deviations(dy_flat, b, o, dy.dtype.type(0), False)
 
 
 @kernel
@@ -285,18 +284,6 @@ def conv2d_weight_tile(padded, t, dy, dweight, b, o, i, kh):
     store_row(dweight, b, o2, i1, kh, v2)
     store_row(dweight, b, o3, i, kh, u3)
     store_row(dweight, b, o3, i1, kh, v3)
-
-
-@kernel
-def channel_total(x, b, c):
-    # x (n_blocks, C, H, W, LANES) -> sum of channel c of x[b]: row by row in the type of x, then in float64
-    total = 0.0
-    for h in range(x.shape[2]):
-        row = fill(x.dtype.type(0))
-        for w in range(x.shape[3]):
-            row = add(load(x, (b, c, h, w)), row)
-        total += add_up(row)
-    return total
 
 
 @formula

@@ -26,7 +26,7 @@ from numba import get_num_threads, get_thread_id, prange
 from .compiling import formula, kernel, parallel_kernel
 from .lanes import LANES, add, fill, first_lanes, load, multiply, multiply_add, settle, store, stream
 from .memory import scratch
-from .norms import around_mean, count_pixels
+from .norms import around_means, count_pixels
 from .products import (
     CHANNELS,
     PIXELS,
@@ -91,9 +91,7 @@ def winograd_blocks(z, tail, filters, streamed, n_images, y, statistics, filters
         winograd_block(b, t, z, z_flat, tail, filters_at, filters.bias, streamed, n_lanes, y, padded, points,
                        products, sums)
         if is_counted:
-            count = y.shape[2] * y.shape[3] * n_lanes
-            for o in range(y.shape[1]):
-                statistics[0, b, o], statistics[1, b, o] = around_mean(sums, t, o, count)
+            around_means(sums, t, y.shape[2] * y.shape[3] * n_lanes, statistics, b)
 
 
 @kernel
@@ -256,10 +254,10 @@ def points_to_outputs(products, t):
             v3 = outputs_from_points(six_points(products, p + 3, c, j))
             v4 = outputs_from_points(six_points(products, p + 4, c, j))
             v5 = outputs_from_points(six_points(products, p + 5, c, j))
-            store_row(products, p, c, j, outputs_from_points((v0[0], v1[0], v2[0], v3[0], v4[0], v5[0])))
-            store_row(products, p + 4, c, j, outputs_from_points((v0[1], v1[1], v2[1], v3[1], v4[1], v5[1])))
-            store_row(products, p + 8, c, j, outputs_from_points((v0[2], v1[2], v2[2], v3[2], v4[2], v5[2])))
-            store_row(products, p + 12, c, j, outputs_from_points((v0[3], v1[3], v2[3], v3[3], v4[3], v5[3])))
+            put_four(products, p, c, j, outputs_from_points((v0[0], v1[0], v2[0], v3[0], v4[0], v5[0])))
+            put_four(products, p + 4, c, j, outputs_from_points((v0[1], v1[1], v2[1], v3[1], v4[1], v5[1])))
+            put_four(products, p + 8, c, j, outputs_from_points((v0[2], v1[2], v2[2], v3[2], v4[2], v5[2])))
+            put_four(products, p + 12, c, j, outputs_from_points((v0[3], v1[3], v2[3], v3[3], v4[3], v5[3])))
 
 
 @formula
@@ -270,7 +268,7 @@ def six_points(products, p, c, j):
 
 
 @formula
-def store_row(products, p, c, j, outputs):
+def put_four(products, p, c, j, outputs):
     """Store four outputs in the places of points p to p + 3."""
     store(products, (p, c, j), outputs[0])
     store(products, (p + 1, c, j), outputs[1])
