@@ -8,11 +8,11 @@ output changes by amount * u, and nothing else does. See `evaluators/delta.md`.
 import math
 
 import numpy as np
-from numba import get_num_threads, get_thread_id, prange
+from numba import prange
 
 from .compiling import formula, kernel, parallel_kernel
 from .lanes import LANES, fetch, fill, load, multiply_add, store
-from .memory import empty, scratch
+from .memory import empty, share_of, slab_of, slabs
 from .norms import moment_block
 from .products import padded_scratch
 from .softmax import fast_exp
@@ -59,7 +59,7 @@ def change_of_channel(x, taps, amounts, size, step, z=None, k=0, mean=None, n_im
     filters = np.zeros((x.shape[1], size + step - 1, size + step - 1), x.dtype)
     width = u.shape[3] + -u.shape[3] % 8
     padded = padded_scratch((1, x.shape[2], step * width), filters.shape[1], step, x.dtype, strips=False)
-    room = scratch("room", (len(padded), u.shape[2], width, LANES), x.dtype)
+    room = slabs("room", (u.shape[2], width, LANES), x.dtype)
     filter_blocks(x, taps, amounts, step, no_tail(x), filters, u, u if z is None else z, k,
                   np.float32(mean or 0), n_images, sums, padded, room)
     if mean is None:
@@ -74,11 +74,19 @@ def filter_blocks(x, taps, amounts, step, tail, filters, u, z, k, mean, n_images
     # filters (C_in, size, size) of zeros: gets the amounts
     # u (n_blocks, 1, h, w, LANES), z (n_blocks, C_out, h, w, LANES)
     # sums (3, n_blocks) of u, (z - mean) u and u u, or of no blocks if nobody asks
-    # padded (n_threads, 1, rows, columns, LANES), room (n_threads, h, w rounded up to tiles, LANES)
+    # padded (n_slabs, 1, rows, columns, LANES), room (n_slabs, h, w rounded up to tiles, LANES)
     bias, is_used = add_taps(taps, amounts, step, filters)
-    for b in prange(x.shape[0]):
-        t = get_thread_id()
-        filter_block(x, b, tail, bias, filters, is_used, step, padded, room, t)
+    for thread in prange(len(padded) // 2):
+        filter_share(slab_of(thread), x, tail, bias, filters, is_used, step, u, z, k, mean, n_images, sums,
+                     padded, room)
+
+
+@kernel
+def filter_share(t, x, tail, bias, filters, is_used, step, u, z, k, mean, n_images, sums, padded, room):
+    # the blocks of the thread with slab t
+    start, stop = share_of(t, len(padded), len(x))
+    for b in range(start, stop):
+        filter_block(x, b, min(b + 1, stop - 1), tail, bias, filters, is_used, step, padded, room, t)
         for h in range(u.shape[2]):
             for w in range(u.shape[3]):
                 store(u, (b, 0, h, w), load(room, (t, h, w)))
@@ -87,10 +95,10 @@ def filter_blocks(x, taps, amounts, step, tail, filters, u, z, k, mean, n_images
 
 
 @kernel
-def filter_block(x, b, tail, bias, filters, is_used, step, padded, u, t):
+def filter_block(x, b, ahead, tail, bias, filters, is_used, step, padded, u, t):
     # u[t] (h, w, LANES) = bias + the correlation of x[b] (C_in, H, W, LANES) with filters (C_in, size, size)
-    # padded[t] (1, rows, columns, LANES) gets one channel of x after the other
-    size, ahead = filters.shape[1], min(b + 1, x.shape[0] - 1)
+    # padded[t] (1, rows, columns, LANES) gets one channel of x after the other; `ahead` is the next block
+    size = filters.shape[1]
     for h in range(u.shape[1]):
         for w in range(u.shape[2]):
             store(u, (t, h, w), fill(bias))
@@ -185,17 +193,23 @@ def tail_change(z, k, u, amount, before, after):
     The tails have one channel; the result is (n_blocks, 1, h', w', LANES).
     """
     change = empty((len(z), *pooled_shape((1, *z.shape[2:4]), after.pool), LANES), z.dtype)
-    room = get_num_threads(), 1, *z.shape[2:]
-    changed, old = (scratch(name, room, z.dtype) for name in ("changed", "old"))
+    changed, old = (slabs(name, (1, *z.shape[2:]), z.dtype) for name in ("changed", "old"))
     change_blocks(z, k, u, amount, before, after, changed, old, change)
     return change
 
 
 @parallel_kernel
 def change_blocks(z, k, u, amount, before, after, changed, old, change):
-    # z (n_blocks, C_out, h, w, LANES), u (n_blocks, 1, h, w, LANES); changed, old (n_threads, 1, h, w, LANES)
-    for b in prange(z.shape[0]):
-        t = get_thread_id()
+    # z (n_blocks, C_out, h, w, LANES), u (n_blocks, 1, h, w, LANES); changed, old (n_slabs, 1, h, w, LANES)
+    for thread in prange(len(old) // 2):
+        change_share(slab_of(thread), z, k, u, amount, before, after, changed, old, change)
+
+
+@kernel
+def change_share(t, z, k, u, amount, before, after, changed, old, change):
+    # the blocks of the thread with slab t
+    start, stop = share_of(t, len(old), len(z))
+    for b in range(start, stop):
         sum_block(z, b, k, u, amount, changed, t, 0)
         enter(changed, t, 0, 1, after, 0, 0, change, b)
         enter(z, b, k, 1, before, 0, 0, old, t)

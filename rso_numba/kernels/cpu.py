@@ -23,12 +23,12 @@ blocks are added in their order.
 """
 
 import numpy as np
-from numba import get_num_threads, prange
+from numba import prange
 
 from . import formulas
 from .compiling import formula, parallel_kernel
 from .lanes import LANES
-from .memory import empty, scratch
+from .memory import empty, scratch, slabs
 from .norms import add_rows, add_statistics, batchnorm_gradient_blocks, gradient_sum_blocks, statistics_blocks
 from .pools import (
     avgpool_blocks,
@@ -145,7 +145,7 @@ def conv2d_stage(z, tail, weight, bias, n_images, start=None, stride=1, y=None, 
         y = empty((len(z), len(weight), shape[1] // stride, shape[2] // stride, LANES), z.dtype)
     statistics = np.empty((2, 0 if n_images is None else len(z), len(weight)))
     filters, started, streamed = side_by_side(weight, bias), start is not None, y.nbytes > STREAMED
-    sums = scratch("sums", (get_num_threads(), len(filters.bias), 3, LANES), z.dtype)
+    sums = slabs("sums", (len(filters.bias), 3, LANES), z.dtype)
     if not (started or stride > 1 or exact_zeros) and pays(weight, shape):
         room = winograd_scratch(shape, filters, z.dtype)
         winograd_blocks(z, tail, filters, streamed, n_images or 0, y, statistics, *room, sums)
@@ -198,7 +198,7 @@ def dense_forward(x, weight, bias):
 def dense_stage(z, tail, weight, bias, start=None, y=None):
     """Return the dense layer's output for what a `Tail` makes of z: see `conv2d_stage`."""
     y = empty((len(z), len(weight), LANES), z.dtype) if y is None else y
-    room = scratch("features", (get_num_threads(), *pooled_shape(z.shape[1:4], tail.pool), LANES), z.dtype)
+    room = slabs("features", (*pooled_shape(z.shape[1:4], tail.pool), LANES), z.dtype)
     started = start is not None
     dense_blocks(z, tail, weight, bias, start if started else y, started, y, room)
     return y

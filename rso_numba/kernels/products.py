@@ -9,11 +9,11 @@ While a thread computes a block it asks for the next one, which is in the cache 
 from collections import namedtuple
 
 import numpy as np
-from numba import get_num_threads, get_thread_id, prange
+from numba import prange
 
 from .compiling import formula, kernel, parallel_kernel
 from .lanes import LANES, add_up, fetch, fill, first_lanes, load, multiply_add, settle, store, stream
-from .memory import scratch
+from .memory import share_of, slab_of, slabs
 from .norms import around_means, count_pixels, deviations
 from .tails import enter
 
@@ -38,7 +38,7 @@ def padded_scratch(shape, size, stride, dtype, strips=True):
         n_strips = -(-n_outputs // max(1, (n_rows - size) // stride + 1))
         n_outputs = -(-n_outputs // n_strips)
     n_rows = (n_outputs - 1) * stride + size
-    return scratch("padded", (get_num_threads(), n_channels, n_rows, width, LANES), dtype)
+    return slabs("padded", (n_channels, n_rows, width, LANES), dtype)
 
 
 def side_by_side(weight, bias):
@@ -59,43 +59,46 @@ def conv2d_blocks(z, tail, filters, start, started, stride, streamed, n_images, 
     # y, start (n_blocks, C_out, h / stride, w / stride, LANES): `started` says to begin with start, not bias,
     # `streamed` to write y past the caches
     # statistics (2, n_blocks, C_out), or of no blocks if nobody asks: see `norms.py`
-    # padded (n_threads, C_in, rows, columns, LANES), sums (n_threads, C, 3, LANES)
-    # Views are made here and not for each block: a view is counted as a user of its array, all threads count
-    # in the same place, and wait for each other there.
+    # padded (n_slabs, C_in, rows, columns, LANES), sums (n_slabs, C, 3, LANES)
+    # Views are made here, and each thread gets all its blocks in one call: views and calls are counted as
+    # users of an array, all threads count in the same place, and wait for each other there.
     flat = Flat(z.reshape(len(z), -1, LANES),
                 padded.reshape(len(padded), padded.shape[1], -1, LANES),
                 start.reshape(len(start), start.shape[1], -1, LANES),
                 y.reshape(len(y), y.shape[1], -1, LANES))
-    for b in prange(z.shape[0]):
-        t, is_counted = get_thread_id(), statistics.shape[1] > 0
-        n_lanes = min(n_images - b * LANES, LANES) if is_counted else 0
-        conv2d_block(b, t, z, tail, filters, started, stride, streamed, n_lanes, y.shape[2:4], padded, flat,
-                     sums)
-        if is_counted:
-            around_means(sums, t, y.shape[2] * y.shape[3] * n_lanes, statistics, b)
+    for thread in prange(len(padded) // 2):
+        conv2d_share(slab_of(thread), z, tail, filters, started, stride, streamed, n_images, y.shape[2:4],
+                     statistics, padded, flat, sums)
 
 
 @kernel
-def conv2d_block(b, t, z, tail, filters, started, stride, streamed, n_lanes, shape, padded, flat, sums):
-    # block b of the arrays above, in thread t; shape is (h, w) of y; n_lanes hold images, 0: do not count
+def conv2d_share(t, z, tail, filters, started, stride, streamed, n_images, shape, statistics, padded, flat,
+                 sums):
+    # the blocks of the thread with slab t; shape is (h, w) of y
     size, (height, width), columns = filters.weight.shape[1], shape, padded.shape[3]
     margin = (size - 1) // 2  # also of 4x4 filters, which an average pool was merged into
     n_rows = (padded.shape[2] - size) // stride + 1
-    is_real, nothing = first_lanes(n_lanes, sums.dtype.type(1)), fill(sums.dtype.type(0))
-    n_tiles, ahead = sums.shape[1] // CHANNELS, min(b + 1, len(z) - 1)
-    part, share = 0, fetched_share(flat.z, n_tiles * max(1, height * width // PIXELS), len(padded))
-    for first in range(0, height, n_rows):  # strip by strip
-        enter(z, b, 0, z.shape[1], tail, stride * first - margin, margin, padded, t)
-        end = min(first + n_rows, height) * width
-        for p in range(first * width, end, PIXELS):
-            pixels, counts = (p, min(p + 1, end - 1)), (is_real, is_real if p + 1 < end else nothing)
-            at = (inside(pixels[0], first, width, stride, columns),
-                  inside(pixels[1], first, width, stride, columns))
-            for tile in range(n_tiles):
-                fetch_part(flat.z, ahead, part, share)
-                part += 1
-                conv2d_tile(flat, b, t, ahead, at, columns, filters, started, CHANNELS * tile, pixels,
-                            streamed, n_lanes > 0, counts, sums)
+    n_tiles, is_counted = sums.shape[1] // CHANNELS, statistics.shape[1] > 0
+    begin, stop = share_of(t, len(padded), len(z))
+    for b in range(begin, stop):
+        n_lanes = min(n_images - b * LANES, LANES) if is_counted else 0
+        is_real, nothing = first_lanes(n_lanes, sums.dtype.type(1)), fill(sums.dtype.type(0))
+        ahead, part = min(b + 1, stop - 1), 0
+        share = fetched_share(flat.z, n_tiles * max(1, height * width // PIXELS), b + 1 < stop)
+        for first in range(0, height, n_rows):  # strip by strip
+            enter(z, b, 0, z.shape[1], tail, stride * first - margin, margin, padded, t)
+            end = min(first + n_rows, height) * width
+            for p in range(first * width, end, PIXELS):
+                pixels, counts = (p, min(p + 1, end - 1)), (is_real, is_real if p + 1 < end else nothing)
+                at = (inside(pixels[0], first, width, stride, columns),
+                      inside(pixels[1], first, width, stride, columns))
+                for tile in range(n_tiles):
+                    fetch_part(flat.z, ahead, part, share)
+                    part += 1
+                    conv2d_tile(flat, b, t, ahead, at, columns, filters, started, CHANNELS * tile, pixels,
+                                streamed, is_counted, counts, sums)
+        if is_counted:
+            around_means(sums, t, height * width * n_lanes, statistics, b)
     settle()
 
 
@@ -107,9 +110,9 @@ def inside(p, first, width, stride, columns):
 
 
 @formula
-def fetched_share(pixels, n_parts, n_threads):
-    """Return how many pixels of a block to ask for in each of n_parts; none if a thread has but one block."""
-    return pixels.shape[1] // n_parts + 1 if len(pixels) > n_threads else 0
+def fetched_share(pixels, n_parts, is_next):
+    """Return how many pixels of the next block to ask for in each of n_parts, none if there is no next."""
+    return pixels.shape[1] // n_parts + 1 if is_next else 0
 
 
 @formula
@@ -126,8 +129,8 @@ def conv2d_tile(flat, b, t, ahead, at, columns, filters, started, o, pixels, str
 
     These are 16 sums, so that 2 pixels and 8 weights fetched from memory serve 16 multiplications.
     """
-    # flat.x (n_threads, C_in, rows * columns, LANES), flat.start, flat.y (n_blocks, C_out, n_pixels, LANES)
-    # sums (n_threads, C, 3, LANES)
+    # flat.x (n_slabs, C_in, rows * columns, LANES), flat.start, flat.y (n_blocks, C_out, n_pixels, LANES)
+    # sums (n_slabs, C, 3, LANES)
     weight, bias = filters.weight, filters.bias
     y = eight_pairs(bias[o], bias[o + 1], bias[o + 2], bias[o + 3],
                     bias[o + 4], bias[o + 5], bias[o + 6], bias[o + 7])
@@ -240,10 +243,17 @@ def store_pair(y, n, c, pixels, streamed, values):
 def conv2d_weight_blocks(x, tail, dy, dweight, dbias, padded):
     # x (n_blocks, C_in, H, W, LANES), dy (n_blocks, C_out, H, W, LANES); the tail changes nothing
     # dweight (n_blocks, C_out, C_in, k, k), dbias (n_blocks, C_out)
-    # padded (n_threads, C_in, rows, columns, LANES) as for 3x3
+    # padded (n_slabs, C_in, rows, columns, LANES) as for 3x3
     dy_flat = dy.reshape(len(dy), dy.shape[1], -1, LANES)
-    for b in prange(x.shape[0]):
-        t, margin = get_thread_id(), (dweight.shape[3] - 1) // 2
+    for thread in prange(len(padded) // 2):
+        conv2d_weight_share(slab_of(thread), x, tail, dy, dy_flat, dweight, dbias, padded)
+
+
+@kernel
+def conv2d_weight_share(t, x, tail, dy, dy_flat, dweight, dbias, padded):
+    # the blocks of the thread with slab t
+    margin, (start, stop) = (dweight.shape[3] - 1) // 2, share_of(t, len(padded), len(x))
+    for b in range(start, stop):
         enter(x, b, 0, x.shape[1], tail, -margin, margin, padded, t)
         for o in range(0, dweight.shape[1], 4):
             for i in range(0, dweight.shape[2], 2):
@@ -255,7 +265,7 @@ def conv2d_weight_blocks(x, tail, dy, dweight, dbias, padded):
 
 @kernel
 def conv2d_weight_tile(padded, t, dy, dweight, b, o, i, kh):
-    # padded (n_threads, C_in, rows, columns, LANES), dy (n_blocks, C_out, H, W, LANES)
+    # padded (n_slabs, C_in, rows, columns, LANES), dy (n_blocks, C_out, H, W, LANES)
     # dweight (n_blocks, C_out, C_in, k, k)
     # Row kh of the filters of 4 output and 2 input channels, 24 sums, from three neighbours of both input
     # channels, u and v. (Of 1x1 filters only the first of three is wanted.)
@@ -302,14 +312,21 @@ def store_row(dweight, b, o, i, kh, totals):
 
 
 @parallel_kernel
-def dense_blocks(z, tail, weight, bias, start, started, y, scratch):
+def dense_blocks(z, tail, weight, bias, start, started, y, room):
     # z (n_blocks, C, H, W, LANES), which the tail makes n_in = C * h * w features of
-    # weight (n_out, n_in), bias (n_out,), scratch (n_threads, C, h, w, LANES)
+    # weight (n_out, n_in), bias (n_out,), room (n_slabs, C, h, w, LANES)
     # y, start (n_blocks, n_out, LANES): `started` says to begin with `start`, not the bias
-    flat = scratch.reshape(scratch.shape[0], -1, LANES)
-    for b in prange(z.shape[0]):
-        t = get_thread_id()
-        enter(z, b, 0, z.shape[1], tail, 0, 0, scratch, t)
+    flat = room.reshape(len(room), -1, LANES)
+    for thread in prange(len(room) // 2):
+        dense_share(slab_of(thread), z, tail, weight, bias, start, started, y, room, flat)
+
+
+@kernel
+def dense_share(t, z, tail, weight, bias, start, started, y, room, flat):
+    # the blocks of the thread with slab t
+    begin, stop = share_of(t, len(room), len(z))
+    for b in range(begin, stop):
+        enter(z, b, 0, z.shape[1], tail, 0, 0, room, t)
         for o in range(0, weight.shape[0], 4):
             dense_tile(flat, t, weight, bias, start, started, y, b, o)
 

@@ -21,11 +21,11 @@ Images are packed as drawn in `cpu.py`. Two tiles are computed at once, as two p
 """
 
 import numpy as np
-from numba import get_num_threads, get_thread_id, prange
+from numba import prange
 
 from .compiling import formula, kernel, parallel_kernel
 from .lanes import LANES, add, fill, first_lanes, load, multiply, multiply_add, settle, store, stream
-from .memory import scratch
+from .memory import share_of, slab_of, slabs
 from .norms import around_means, count_pixels
 from .products import (
     CHANNELS,
@@ -68,35 +68,62 @@ def pays(weight, shape):
 
 def winograd_scratch(shape, filters, dtype):
     """Return the arrays filters_at, padded, points, products of `winograd_blocks` for maps (C, H, W)."""
-    n_threads, (n_in, _, _, n_out) = get_num_threads(), filters.weight.shape
+    n_in, _, _, n_out = filters.weight.shape
     whole_tiles = n_in, *(SIDE * -(-n // SIDE) for n in shape[1:])
     # the number of channels is odd, for what lies apart by a power of two competes for places in the cache
-    return (scratch("filters", (POINTS, n_in, n_out), dtype),
-            padded_scratch(whole_tiles, SIDE + 2, SIDE, dtype),
-            scratch("points", (n_threads * POINTS, n_in | 1, PIXELS, LANES), dtype),
-            scratch("products", (n_threads * POINTS, CHANNELS + 1, PIXELS, LANES), dtype))
+    room = (slabs("filters", (POINTS, n_in, n_out), dtype),
+            slabs("points", (POINTS, n_in | 1, PIXELS, LANES), dtype),
+            slabs("products", (POINTS, CHANNELS + 1, PIXELS, LANES), dtype))
+    filters_at, points, products = (slab.reshape(-1, *slab.shape[2:]) for slab in room)
+    return filters_at, padded_scratch(whole_tiles, SIDE + 2, SIDE, dtype), points, products
 
 
 @parallel_kernel
 def winograd_blocks(z, tail, filters, streamed, n_images, y, statistics, filters_at, padded, points, products,
                     sums):
     # z, tail, filters, streamed, y (n_blocks, C_out, h, w, LANES), statistics, sums as in `conv2d_blocks`
-    # filters_at (36, C_in, C), padded (n_threads, C_in, rows, columns, LANES)
-    # points (n_threads * 36, at least C_in, 2, LANES), products (n_threads * 36, at least 8, 2, LANES)
-    filters_at_points(filters.weight, G, filters_at)
+    # filters_at (n_slabs * 36, C_in, C), padded (n_slabs, C_in, rows, columns, LANES)
+    # points (n_slabs * 36, at least C_in, 2, LANES), products (n_slabs * 36, at least 8, 2, LANES)
     z_flat = z.reshape(len(z), -1, LANES)  # see `conv2d_blocks`
-    for b in prange(z.shape[0]):
-        t, is_counted = get_thread_id(), statistics.shape[1] > 0
-        n_lanes = min(n_images - b * LANES, LANES) if is_counted else 0
-        winograd_block(b, t, z, z_flat, tail, filters_at, filters.bias, streamed, n_lanes, y, padded, points,
-                       products, sums)
-        if is_counted:
-            around_means(sums, t, y.shape[2] * y.shape[3] * n_lanes, statistics, b)
+    for thread in prange(len(padded) // 2):
+        winograd_share(slab_of(thread), z, z_flat, tail, filters, streamed, n_images, y, statistics,
+                       filters_at, padded, points, products, sums)
 
 
 @kernel
-def filters_at_points(weight, g, filters_at):
-    # weight (C_in, 3, 3, C), g (6, 3), filters_at (36, C_in, C): g @ weight @ g.T, filter by filter
+def winograd_share(t, z, z_flat, tail, filters, streamed, n_images, y, statistics, filters_at, padded, points,
+                   products, sums):
+    # the blocks of the thread with slab t
+    filters_at_points(filters.weight, G, t, filters_at)  # each thread for itself: they are soon made
+    height, width = -(-y.shape[2] // SIDE), -(-y.shape[3] // SIDE)  # in tiles
+    n_rows, n_channels = (padded.shape[2] - 2) // SIDE, filters_at.shape[2]
+    n_parts = POINTS * max(1, height * width // PIXELS) * n_channels // CHANNELS
+    start, stop = share_of(t, len(padded), len(z))
+    for b in range(start, stop):
+        n_lanes = min(n_images - b * LANES, LANES) if statistics.shape[1] > 0 else 0  # 0: nobody counts
+        ahead, part, share = b + 1, 0, fetched_share(z_flat, n_parts, b + 1 < stop)
+        for first in range(0, height, n_rows):  # strip by strip
+            enter(z, b, 0, z.shape[1], tail, SIDE * first - 1, 1, padded, t)
+            n_tiles = min(n_rows, height - first) * width
+            for tile in range(0, n_tiles, PIXELS):
+                here, other = divmod(tile, width), divmod(min(tile + 1, n_tiles - 1), width)
+                inputs_to_points(padded, t, here, other, points)
+                for o in range(0, n_channels, CHANNELS):
+                    products_at_points(points, filters_at, o, t, products, z_flat, ahead, part, share)
+                    part += POINTS
+                    points_to_outputs(products, t)
+                    put_in_place(products, t, 0, o, here, first, filters.bias, streamed, n_lanes, y, b, sums)
+                    if tile + 1 < n_tiles:
+                        put_in_place(products, t, 1, o, other, first, filters.bias, streamed, n_lanes, y, b,
+                                     sums)
+        if n_lanes > 0:
+            around_means(sums, t, y.shape[2] * y.shape[3] * n_lanes, statistics, b)
+    settle()
+
+
+@kernel
+def filters_at_points(weight, g, t, filters_at):
+    # weight (C_in, 3, 3, C), g (6, 3), filters_at (n_slabs * 36, C_in, C): g @ weight @ g.T, filter by filter
     for i in range(len(g)):
         for j in range(len(g)):
             for c in range(weight.shape[0]):
@@ -105,31 +132,7 @@ def filters_at_points(weight, g, filters_at):
                     for kh in range(3):
                         for kw in range(3):
                             total += g[i, kh] * g[j, kw] * weight[c, kh, kw, o]
-                    filters_at[len(g) * i + j, c, o] = total
-
-
-@kernel
-def winograd_block(b, t, z, z_flat, tail, filters_at, bias, streamed, n_lanes, y, padded, points, products,
-                   sums):
-    # block b of the arrays above, in thread t; n_lanes hold images, 0 if nothing is counted
-    height, width = -(-y.shape[2] // SIDE), -(-y.shape[3] // SIDE)  # in tiles
-    n_rows, n_channels = (padded.shape[2] - 2) // SIDE, filters_at.shape[2]
-    n_parts = POINTS * max(1, height * width // PIXELS) * n_channels // CHANNELS
-    ahead, part, share = min(b + 1, len(z) - 1), 0, fetched_share(z_flat, n_parts, len(padded))
-    for first in range(0, height, n_rows):  # strip by strip
-        enter(z, b, 0, z.shape[1], tail, SIDE * first - 1, 1, padded, t)
-        n_tiles = min(n_rows, height - first) * width
-        for tile in range(0, n_tiles, PIXELS):
-            here, other = divmod(tile, width), divmod(min(tile + 1, n_tiles - 1), width)
-            inputs_to_points(padded, t, here, other, points)
-            for o in range(0, n_channels, CHANNELS):
-                products_at_points(points, filters_at, o, t, products, z_flat, ahead, part, share)
-                part += POINTS
-                points_to_outputs(products, t)
-                put_in_place(products, t, 0, o, here, first, bias, streamed, n_lanes, y, b, sums)
-                if tile + 1 < n_tiles:
-                    put_in_place(products, t, 1, o, other, first, bias, streamed, n_lanes, y, b, sums)
-    settle()
+                    filters_at[POINTS * t + len(g) * i + j, c, o] = total
 
 
 @formula
@@ -166,7 +169,7 @@ def outputs_from_points(m):
 
 @kernel
 def inputs_to_points(padded, t, here, other, points):
-    # padded (n_threads, C_in, rows, columns, LANES), points (n_threads * 36, C_in, 2, LANES)
+    # padded (n_slabs, C_in, rows, columns, LANES), points (n_slabs * 36, C_in, 2, LANES)
     # of the inputs of two tiles; here and other are their row and column among the tiles of the strip
     # First down each column, for one or two points at a time: there are not as many registers as 36 values.
     p = POINTS * t
@@ -230,21 +233,21 @@ def store_six(points, p, c, j, values):
 
 @kernel
 def products_at_points(points, filters_at, o, t, products, z_flat, ahead, part, share):
-    # points (n_threads * 36, C_in, 2, LANES), filters_at (36, C_in, C)
-    # products (n_threads * 36, 8, 2, LANES)
+    # points (n_slabs * 36, C_in, 2, LANES), filters_at (n_slabs * 36, C_in, C)
+    # products (n_slabs * 36, 8, 2, LANES)
     # A matrix product at each point, by tiles as in `conv2d_tile`: of output channels o to o + 7
     zero = filters_at.dtype.type(0)
     for p in range(POINTS):
         fetch_part(z_flat, ahead, part + p, share)
         y = eight_pairs(zero, zero, zero, zero, zero, zero, zero, zero)
         for i in range(filters_at.shape[1]):
-            y = plus_products(filters_at, (p, i), o, load_pair(points, POINTS * t + p, i, (0, 1)), y)
+            y = plus_products(filters_at, (POINTS * t + p, i), o, load_pair(points, POINTS * t + p, i, (0, 1)), y)
         store_tile(products, POINTS * t + p, 0, (0, 1), False, y)
 
 
 @kernel
 def points_to_outputs(products, t):
-    # products (n_threads * 36, 8, 2, LANES): the first 16 of the 36 become the outputs of a tile, row by row
+    # products (n_slabs * 36, 8, 2, LANES): the first 16 of the 36 become the outputs of a tile, row by row
     p = POINTS * t
     for c in range(CHANNELS):
         for j in range(PIXELS):
@@ -278,9 +281,9 @@ def put_four(products, p, c, j, outputs):
 
 @kernel
 def put_in_place(products, t, j, start, tile, first, bias, streamed, n_lanes, y, b, sums):
-    # products (n_threads * 36, 8, 2, LANES), of which 16 are the outputs of tile j, from channel `start` on
+    # products (n_slabs * 36, 8, 2, LANES), of which 16 are the outputs of tile j, from channel `start` on
     # -> y[b] (C_out, h, w, LANES) at a row and column of tiles, rows counted from `first` on
-    # sums (n_threads, C, 3, LANES); n_lanes hold images, 0 if nothing is counted
+    # sums (n_slabs, C, 3, LANES); n_lanes hold images, 0 if nothing is counted
     h, w = SIDE * (first + tile[0]), SIDE * tile[1]
     height, width = min(SIDE, y.shape[2] - h), min(SIDE, y.shape[3] - w)
     is_real, none = first_lanes(n_lanes, y.dtype.type(1)), fill(y.dtype.type(0))
