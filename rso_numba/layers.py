@@ -204,7 +204,8 @@ class BatchNorm(Layer):
 
     The statistics are those of the mini-batch (`Pass.batch_statistics`) or the stored ones, which
     are a running average (momentum 0.1) or those of one chosen set (momentum 1, `calibrate`).
-    A ReLU that directly follows is done in the same pass over memory, `with_relu`: see `Network.steps`.
+    A ReLU that directly follows is done in the same pass over memory, `with_relu`, and both are left to a
+    convolution that is next, `lazy`: see `Network.steps`.
 
     Weights: `gamma` (C,), `beta` (C,). Buffers: `running_mean` (C,), `running_variance` (C,).
     """
@@ -220,14 +221,14 @@ class BatchNorm(Layer):
         self.running_mean = np.zeros(shape[0], np.float32)
         self.running_variance = np.ones(shape[0], np.float32)
 
-    def forward(self, x, run, with_relu=False):
+    def forward(self, x, run, with_relu=False, lazy=False):
         mean, variance = self.running_mean, self.running_variance
         if run.batch_statistics:
             mean, variance = run.kernels.batchnorm_statistics(x, run.n_images)
             self.follow(mean, variance, run.momentum)
         run.statistics[self.name] = mean, variance
         run.save(self, x, mean, variance)
-        return run.kernels.scale_shift(x, *self.scale_and_shift(mean, variance), with_relu)
+        return run.kernels.scale_shift(x, *self.scale_and_shift(mean, variance), with_relu, lazy)
 
     def scale_and_shift(self, mean, variance, channels=slice(None)):
         """Return what each channel is multiplied with and what is added to it, (C,) arrays."""

@@ -4,7 +4,6 @@ import json
 import zipfile
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -129,18 +128,22 @@ class Network:
     def steps(self):
         """The layers with arguments of their forward and backward, which depend on what follows.
 
-        A BatchNorm does the ReLU behind it. A convolution need not keep zeros exact for a BatchNorm.
+        A BatchNorm does the ReLU behind it, and leaves both to a convolution that is next. A convolution need
+        not keep zeros exact for a BatchNorm. An AvgPool in between changes nothing in that.
         """
         steps = []
-        for layer, following in pairwise([*self.layers, None]):
+        for layer in self.layers:
             if isinstance(layer, ReLU) and steps and isinstance(steps[-1][0], BatchNorm) and not steps[-1][2]:
                 steps[-1] = steps[-1][0], {"with_relu": True}, {"with_relu": True}
                 continue
+            for source, arguments, _ in steps[:-3:-1]:
+                if isinstance(layer, BatchNorm) and isinstance(source, Conv2D):
+                    arguments["exact_zeros"] = False
+                elif isinstance(layer, Conv2D) and isinstance(source, BatchNorm):
+                    arguments["lazy"] = True
+                if not isinstance(source, AvgPool):
+                    break
             steps.append((layer, {}, {}))
-            if isinstance(following, BatchNorm):
-                before = -2 if isinstance(layer, AvgPool) and len(steps) > 1 else -1
-                if isinstance(steps[before][0], Conv2D):
-                    steps[before][1]["exact_zeros"] = False
         return steps
 
     def views(self, vector):

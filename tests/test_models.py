@@ -16,6 +16,7 @@ from rso_numba.layers import (
     Flatten,
     GlobalMaxPool,
     Layer,
+    MaxPool,
     ReLU,
     Standardize,
 )
@@ -328,6 +329,15 @@ def test_zeros_stay_exact_unless_a_batchnorm_is_next():
     steps = models.Network(chain, (1, 4, 4), 2).steps
     assert [step[1] for step in steps if isinstance(step[0], Conv2D)] == [
         {}, {"exact_zeros": False}, {"exact_zeros": False}, {}]
+
+
+def test_a_batchnorm_is_left_to_a_convolution_that_is_next():
+    chain = [BatchNorm(), Conv2D(2), BatchNorm(), ReLU(), AvgPool(), Conv2D(2), BatchNorm(), AvgPool(),
+             AvgPool(), Conv2D(2), BatchNorm(), MaxPool(), Conv2D(2), BatchNorm(), AvgPool(), Flatten(),
+             Dense(2)]
+    steps = models.Network(chain, (1, 32, 32), 2).steps
+    assert [step[1] for step in steps if isinstance(step[0], BatchNorm)] == [
+        {"lazy": True}, {"with_relu": True, "lazy": True}, {}, {}, {}]
 
 
 def test_a_filter_of_nothing_gives_exactly_its_bias(backend, rng):

@@ -37,6 +37,26 @@ def test_tail(shape, relu, pool, rng):
 
 
 @shapes
+@pytest.mark.parametrize("size", [3, 1])
+@pytest.mark.parametrize("pool", [tails.KEEP, tails.MEAN])
+def test_what_is_pending_for_a_convolution(shape, size, pool, rng):
+    z = cpu.pack(rng.standard_normal(shape, np.float32))
+    tail = tail_of(z, True, pool, rng)
+    x, made = cpu.scale_shift(z, tail.scale, tail.shift, True, lazy=True), one_by_one(z, tail)
+    x = cpu.avgpool_forward(x) if pool == tails.MEAN else x
+    assert isinstance(x, tails.Pending) and x.shape == made.shape
+    weight = rng.standard_normal((6, shape[1], size, size), np.float32)
+    y, expected = (cpu.conv2d_forward(a, weight, np.ones(6, np.float32)) for a in (x, made))
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    dy = cpu.pack(rng.standard_normal((shape[0], 6, *made.shape[2:4]), np.float32))
+    dx = [cpu.conv2d_backward(a, weight, dy) for a in (x, made)]
+    for gradient, expected in zip(*dx, strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    pooled = cpu.avgpool_backward(x, dy), cpu.avgpool_backward(made, dy)
+    np.testing.assert_array_equal(*pooled)
+
+
+@shapes
 @pools
 @pytest.mark.parametrize("n_filters, strip", [(1, products.STRIP), (6, products.STRIP), (6, 1), (6, 5000)])
 def test_convolution_of_a_tail(shape, pool, n_filters, strip, rng, monkeypatch):

@@ -48,7 +48,7 @@ from .products import (
     side_by_side,
 )
 from .softmax import cross_entropy_blocks, cross_entropy_gradient_blocks, loss_blocks
-from .tails import enter, no_tail, pooled_shape
+from .tails import KEEP, MEAN, Pending, Tail, enter, no_tail, pooled_shape, tailed
 from .winograd import pays, winograd_blocks, winograd_scratch
 
 ZERO = np.float32(0)
@@ -107,8 +107,13 @@ def unpack_blocks(x, rows):
                 rows[b * LANES + lane, i] = x[b, i, lane]
 
 
-def scale_shift(x, scale, shift, with_relu=False):
-    """Return scale * x + shift, channel by channel, or the ReLU of it."""
+def scale_shift(x, scale, shift, with_relu=False, lazy=False):
+    """Return scale * x + shift, channel by channel, or the ReLU of it.
+
+    If `lazy` it is Pending: for a convolution that reads it as it is, or the mean of every 2x2 window.
+    """
+    if lazy:
+        return Pending(x, Tail(scale, shift, with_relu, KEEP))
     y = empty(x.shape, x.dtype)
     scale_shift_blocks(by_channel(x), scale, shift, with_relu, by_channel(y))
     return y
@@ -130,7 +135,7 @@ def conv2d_forward(x, weight, bias, exact_zeros=True):
 
     With `exact_zeros` a sum of zeros is 0, for a ReLU that is next: its gradient is 0 there, 1 just above.
     """
-    y, _ = conv2d_stage(x, no_tail(x), weight, bias, n_images=None, exact_zeros=exact_zeros)
+    y, _ = conv2d_stage(*tailed(x), weight, bias, n_images=None, exact_zeros=exact_zeros)
     return y
 
 
@@ -174,12 +179,12 @@ def conv2d_backward(x, weight, dy, wants_dx=True):
     """Return the gradients (dx, dweight, dbias) of conv2d_forward; dx is None if nobody wants it."""
     # dx is a convolution of dy with the filters turned by 180 degrees
     turned = np.ascontiguousarray(weight[:, :, ::-1, ::-1].swapaxes(0, 1))
-    dx = conv2d_forward(dy, turned, np.zeros(len(turned), x.dtype), False) if wants_dx else None
-    dweight = scratch("dweight", (len(x), *weight.shape), x.dtype)
-    dbias = np.empty((len(x), len(weight)))
-    padded = padded_scratch(x.shape[1:4], 3, 1, x.dtype, strips=False)
-    conv2d_weight_blocks(x, no_tail(x), dy, dweight, dbias, padded)
-    return dx, add_blocks(dweight, x.dtype), add_blocks(dbias, x.dtype)
+    dx = conv2d_forward(dy, turned, np.zeros(len(turned), dy.dtype), False) if wants_dx else None
+    dweight = scratch("dweight", (len(dy), *weight.shape), dy.dtype)
+    dbias = np.empty((len(dy), len(weight)))
+    padded = padded_scratch(x.shape[1:4], 3, 1, dy.dtype, strips=False)
+    conv2d_weight_blocks(*tailed(x), dy, dweight, dbias, padded)
+    return dx, add_blocks(dweight, dy.dtype), add_blocks(dbias, dy.dtype)
 
 
 def add_blocks(parts, dtype):
@@ -299,6 +304,8 @@ def maxpool_backward(x, y, dy):
 
 def avgpool_forward(x):
     """Return the mean of every 2x2 window; an odd last row or column is dropped."""
+    if isinstance(x, Pending):
+        return Pending(x.z, x.tail._replace(pool=MEAN))
     y = empty((*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2, LANES), x.dtype)
     avgpool_blocks(x, y)
     return y
@@ -306,7 +313,7 @@ def avgpool_forward(x):
 
 def avgpool_backward(x, dy):
     """Return dx: each pixel of a window gets a quarter of its gradient."""
-    dx = empty(x.shape, x.dtype)
+    dx = empty(x.shape, dy.dtype)
     avgpool_gradient_blocks(dy, dx)
     return dx
 

@@ -104,8 +104,8 @@ def unpack_kernel(x, rows):
             rows[b * LANES + lane, i] = x[b, i, lane]
 
 
-def scale_shift(x, scale, shift, with_relu=False):
-    """Return scale * x + shift, channel by channel, or the ReLU of it."""
+def scale_shift(x, scale, shift, with_relu=False, lazy=False):
+    """Return scale * x + shift, channel by channel, or the ReLU of it; at once, even if it may be `lazy`."""
     y = empty(x.shape, x.dtype)
     n_pixels = by_channel(x).shape[2]
     launch(scale_shift_kernel, len(x) * x.shape[1] * n_pixels,

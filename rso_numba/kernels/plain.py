@@ -18,8 +18,8 @@ def unpack(x, n_images):
     return x[:n_images]
 
 
-def scale_shift(x, scale, shift, with_relu=False):
-    """Return scale * x + shift, channel by channel, or the ReLU of it."""
+def scale_shift(x, scale, shift, with_relu=False, lazy=False):
+    """Return scale * x + shift, channel by channel, or the ReLU of it; at once, even if it may be `lazy`."""
     # x (N, C, H, W), scale (C,), shift (C,)
     y = x * scale[:, None, None] + shift[:, None, None]
     return relu_forward(y) if with_relu else y

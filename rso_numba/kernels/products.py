@@ -241,7 +241,7 @@ def store_pair(y, n, c, pixels, streamed, values):
 
 @parallel_kernel
 def conv2d_weight_blocks(x, tail, dy, dweight, dbias, padded):
-    # x (n_blocks, C_in, H, W, LANES), dy (n_blocks, C_out, H, W, LANES); the tail changes nothing
+    # x, which the tail makes (n_blocks, C_in, H, W, LANES) of; dy (n_blocks, C_out, H, W, LANES)
     # dweight (n_blocks, C_out, C_in, k, k), dbias (n_blocks, C_out)
     # padded (n_slabs, C_in, rows, columns, LANES) as for 3x3
     dy_flat = dy.reshape(len(dy), dy.shape[1], -1, LANES)

@@ -10,7 +10,7 @@ from collections import namedtuple
 import numpy as np
 
 from .compiling import formula, kernel
-from .lanes import add, fetch, fill, larger, load, multiply, multiply_add, store
+from .lanes import LANES, add, fetch, fill, larger, load, multiply, multiply_add, store
 
 KEEP, MAX, MEAN, GLOBAL_MAX, GLOBAL_MEAN = range(5)  # how a Tail pools; MAX and MEAN take windows of 2x2
 
@@ -20,9 +20,23 @@ AHEAD = 128  # pixels: how far ahead of its use a map is asked for
 Tail = namedtuple("Tail", "scale shift relu pool")
 
 
+class Pending(namedtuple("Pending", "z tail")):
+    """What a Tail makes of z, left to the convolution that will read it."""
+
+    @property
+    def shape(self):
+        """Shape (n_blocks, C, h, w, LANES) of what is made."""
+        return (len(self.z), *pooled_shape(self.z.shape[1:4], self.tail.pool), LANES)
+
+
 def no_tail(z):
     """Return the Tail that changes nothing in z (n_blocks, C, ..., LANES)."""
     return Tail(np.ones(z.shape[1], z.dtype), np.zeros(z.shape[1], z.dtype), False, KEEP)
+
+
+def tailed(x):
+    """Return (z, tail) of packed maps x, Pending or not."""
+    return x if isinstance(x, Pending) else (x, no_tail(x))
 
 
 def pooled_shape(shape, pool):

@@ -237,12 +237,13 @@ def products_at_points(points, filters_at, o, t, products, z_flat, ahead, part, 
     # products (n_slabs * 36, 8, 2, LANES)
     # A matrix product at each point, by tiles as in `conv2d_tile`: of output channels o to o + 7
     zero = filters_at.dtype.type(0)
-    for p in range(POINTS):
-        fetch_part(z_flat, ahead, part + p, share)
+    for p in range(POINTS * t, POINTS * t + POINTS):
+        fetch_part(z_flat, ahead, part, share)
+        part += 1
         y = eight_pairs(zero, zero, zero, zero, zero, zero, zero, zero)
         for i in range(filters_at.shape[1]):
-            y = plus_products(filters_at, (POINTS * t + p, i), o, load_pair(points, POINTS * t + p, i, (0, 1)), y)
-        store_tile(products, POINTS * t + p, 0, (0, 1), False, y)
+            y = plus_products(filters_at, (p, i), o, load_pair(points, p, i, (0, 1)), y)
+        store_tile(products, p, 0, (0, 1), False, y)
 
 
 @kernel
