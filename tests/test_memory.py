@@ -3,10 +3,12 @@
 import gc
 import threading
 
+import numba
 import numpy as np
 import pytest
 
-from rso_numba.kernels import memory
+from rso_numba.kernels import changes, cpu, memory, tails
+from rso_numba.kernels.lanes import LANES
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +105,33 @@ def test_scratch_is_the_same_for_the_same_arguments_of_one_thread(monkeypatch):
     assert len({address(array) for array in (first, *others)}) == 4
     memory.scratch("a fourth", *arguments[1:])  # more than are kept: all are forgotten
     assert memory.scratch(*arguments) is not first
+
+
+def test_shares_are_all_blocks_in_their_order():
+    for n_threads, n_blocks in ((1, 5), (2, 5), (3, 2), (4, 64), (5, 0)):
+        slabs = [memory.slab_of(thread) for thread in range(n_threads)]
+        shares = [memory.share_of(slab, 2 * n_threads, n_blocks) for slab in slabs]
+        assert [b for share in shares for b in range(*share)] == list(range(n_blocks))
+        sizes = [stop - start for start, stop in shares]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_slabs_between_those_of_threads_are_left_alone(monkeypatch, rng):
+    monkeypatch.setattr(memory, "_own", threading.local())
+    monkeypatch.setattr(memory, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))
+    n_blocks = numba.get_num_threads()
+    x = cpu.pack(rng.standard_normal((n_blocks * LANES, 8, 12, 12), np.float32))
+    weight, bias = rng.standard_normal((8, 8, 3, 3), np.float32), np.zeros(8, np.float32)
+    for exact_zeros in (True, False):
+        cpu.conv2d_stage(x, tails.no_tail(x), weight, bias, n_blocks * LANES, exact_zeros=exact_zeros)
+    cpu.conv2d_backward(x, weight, x)
+    cpu.dense_forward(x, rng.standard_normal((3, x[0].size // LANES), np.float32), bias[:3])
+    u, _ = changes.change_of_channel(x, np.array([(0, 1, 1)]), np.ones(1, np.float32), 3, 1)
+    tail = tails.no_tail(u)
+    changes.tail_change(x, 0, u, np.float32(1), tail, tail)
+    slabs = {name: array for (name, *_), array in vars(memory._own).items() if name != "dweight"}
+    assert set(slabs) == {
+        "padded", "sums", "filters", "points", "products", "features", "room", "changed", "old"}
+    for array in slabs.values():
+        assert len(array) == 2 * n_blocks
+        assert np.isnan(array[1::2]).all() and np.isfinite(array[::2, 0]).any()
