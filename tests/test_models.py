@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from rso_numba import models, sgd
+from rso_numba.kernels import cpu
+from rso_numba.kernels.tails import Pending
 from rso_numba.layers import (
     AvgPool,
     BatchNorm,
@@ -17,6 +19,7 @@ from rso_numba.layers import (
     GlobalMaxPool,
     Layer,
     MaxPool,
+    Pass,
     ReLU,
     Standardize,
 )
@@ -338,6 +341,13 @@ def test_a_batchnorm_is_left_to_a_convolution_that_is_next():
     steps = models.Network(chain, (1, 32, 32), 2).steps
     assert [step[1] for step in steps if isinstance(step[0], BatchNorm)] == [
         {"lazy": True}, {"with_relu": True, "lazy": True}, {}, {}, {}]
+
+
+def test_the_maps_between_convolutions_are_not_made(rng):
+    network, run = build("original", (1, 8, 8), rng=0), Pass(cpu, 3, batch_statistics=True, saved={})
+    network.propagate(cpu.pack(rng.random((3, 1, 8, 8), np.float32)), run)
+    pending = {name for name, (x, *_) in run.saved.items() if isinstance(x, Pending)}
+    assert pending == {"conv2", "avgpool1", "conv3", "conv4", "avgpool2", "conv5", "conv6"}
 
 
 def test_a_filter_of_nothing_gives_exactly_its_bias(backend, rng):

@@ -247,7 +247,7 @@ def batchnorm_backward(x, dy, mean, variance, gamma, epsilon, n_images, relu=Non
     inverse_std = (1 / np.sqrt(variance + x.dtype.type(epsilon))).astype(x.dtype)
     scale, shift = (np.zeros_like(mean), np.ones_like(mean)) if relu is None else relu  # 0 x + 1 is positive
     moments = mean, inverse_std, scale, shift
-    gradient_sum_blocks(by_channel(x), by_channel(dy), *moments, n_images, sums)
+    gradient_sum_blocks(by_channel(x), by_channel(dy), *moments, sums)
     dbeta, dgamma = sums.sum(axis=1)
     count = n_images * (x[0, 0].size // LANES)
     means = (dbeta / count).astype(x.dtype), (dgamma / count).astype(x.dtype)

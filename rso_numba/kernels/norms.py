@@ -140,27 +140,24 @@ def moment_block(z, b, k, u, k_u, mean, n_lanes):
 
 
 @parallel_kernel
-def gradient_sum_blocks(x, dy, mean, inverse_std, scale, shift, n_images, sums):
-    # x, dy (n_blocks, C, n_pixels, LANES), the others (C,)
+def gradient_sum_blocks(x, dy, mean, inverse_std, scale, shift, sums):
+    # x, dy (n_blocks, C, n_pixels, LANES), the others (C,); dy is 0 in lanes without image
     # sums (2, n_blocks, C): of dy, and of dy * normalized x; dy counts where scale * x + shift is positive
     for b in prange(x.shape[0]):
         for c in range(x.shape[1]):
-            total, product = gradient_sums(x, dy, b, c, mean[c], scale[c], shift[c], n_images - b * LANES)
+            total, product = gradient_sums(x, dy, b, c, mean[c], scale[c], shift[c])
             sums[0, b, c], sums[1, b, c] = total, product * inverse_std[c]
 
 
 @kernel
-def gradient_sums(x, dy, b, c, mean, scale, shift, n_lanes):
-    # channel c of block b -> sums of dy and (x - mean) dy over the first n_lanes lanes (or all): 32 pixels in
-    # the type of x, then in float64
-    zero, is_real = fill(x.dtype.type(0)), first_lanes(n_lanes, x.dtype.type(1))
-    total = product = 0.0
+def gradient_sums(x, dy, b, c, mean, scale, shift):
+    # channel c of block b -> sums of dy and (x - mean) dy: 32 pixels in the type of x, then in float64
+    zero, total, product = fill(x.dtype.type(0)), 0.0, 0.0
     for first in range(0, x.shape[2], 32):
         part = part_product = zero
         for p in range(first, min(first + 32, x.shape[2])):
             value = load(x, (b, c, p))
             gradient = relu_gradient(multiply_add(scale, value, fill(shift)), load(dy, (b, c, p)))
-            gradient = multiply(is_real, gradient)
             part = add(gradient, part)
             part_product = multiply_add(add(value, fill(-mean)), gradient, part_product)
         total += add_up(part)
