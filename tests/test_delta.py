@@ -30,13 +30,15 @@ def small_network(name):
             for layer in models.paper_mnist(n_classes)],
         "two dense, 1x1, late BatchNorm": [
             Conv2D(2, size=1), ReLU(), BatchNorm(), Conv2D(2), Flatten(), Dense(4), ReLU(), Dense(n_classes)],
+        "wide input": [Conv2D(5), BatchNorm(), ReLU(), MaxPool(), Conv2D(2), ReLU(), Conv2D(2), Flatten(),
+                       Dense(n_classes)],
         "BatchNorm of features": [Conv2D(2), Flatten(), BatchNorm(), Dense(n_classes)],
         "flatten only": [Conv2D(2), Flatten(), Dense(n_classes)],
     }[name]
     return Network([Standardize(), *layers], (1, 6, 5), n_classes)
 
 
-CHAINS = ["one_conv", "two_conv", "original", "paper_mnist", "two dense, 1x1, late BatchNorm",
+CHAINS = ["one_conv", "two_conv", "original", "paper_mnist", "two dense, 1x1, late BatchNorm", "wide input",
           "BatchNorm of features", "flatten only"]
 
 
@@ -102,6 +104,24 @@ def test_z_is_kept_if_filters_have_many_taps(name, monkeypatch, rng):
     monkeypatch.setattr(delta_module, "FEW_TAPS", 0)  # the filters of small networks all have few
     test_every_weight_before_and_after_accepted_changes(name, 16, rng)
     test_a_whole_round_decides_alike(name, "weight", "notebook", rng)
+
+
+@pytest.mark.parametrize("many_channels", [0, 5])
+@pytest.mark.parametrize("name", ["wide input", "paper_mnist"])
+def test_an_input_that_is_most_of_the_memory_is_remade(name, many_channels, monkeypatch, rng):
+    monkeypatch.setattr(delta_module, "FEW_TAPS", 9)  # so that z of the second layer is kept
+    monkeypatch.setattr(delta_module, "MANY_CHANNELS", many_channels)
+    monkeypatch.setattr(delta_module, "MANY", 0)
+    remade, channels = [], DeltaForward._channels
+
+    def watched(self, x, taps):
+        remade.extend([self.d] if isinstance(x, delta_module.Remade) else [])
+        return channels(self, x, taps)
+
+    monkeypatch.setattr(DeltaForward, "_channels", watched)
+    test_every_weight_before_and_after_accepted_changes(name, 37, rng)
+    test_a_whole_round_decides_alike(name, "weight", "notebook", rng)
+    assert set(remade) == {1}
 
 
 def test_a_loss_that_is_known_is_not_computed_again(digits, monkeypatch):

@@ -10,14 +10,15 @@ For each mini-batch that comes back, x, z and z_next of the stage that is being 
 of the changes of weights that were kept brings them up to date in the same way when it does.
 """
 
+from collections import namedtuple
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..kernels import changes, cpu
 from ..kernels.lanes import LANES
-from ..kernels.memory import Arena, copy
-from ..kernels.tails import no_tail
+from ..kernels.memory import Arena, copy, empty
+from ..kernels.tails import KEEP, Pending, no_tail
 from ..layers import Dense
 from .stages import cut, forward, new_pass, onward
 
@@ -26,6 +27,8 @@ MANY_CHANNELS = 5  # each costs a convolution about a sixth of its time, to read
 FEW_TAPS = 27  # weights of a filter, three channels of 3x3: so quickly applied that z need not be kept
 BIAS, NO_TAP = -1, -2  # instead of an input channel: gamma and beta change a channel, but not z
 
+Remade = namedtuple("Remade", "x tail")  # input of stage 1, made channel by channel from x, that of stage 0
+
 
 @dataclass(eq=False)
 class Batch:
@@ -33,7 +36,7 @@ class Batch:
 
     images: np.ndarray
     labels: np.ndarray
-    x: np.ndarray | None = None  # input of the stage, packed; in the last stage by feature
+    x: np.ndarray | Pending | Remade | None = None  # input of the stage, packed; in the last stage by feature
     z: np.ndarray | None = None  # output of its mixing layer, likewise; None if it is computed when needed
     z_weights: tuple | None = None  # weight and bias that z belongs to, if it is not kept
     tail: tuple | None = None  # what z passes before the next stage
@@ -178,7 +181,7 @@ class DeltaForward:
         """Return the losses in the last stage, where z are the logits."""
         if batch.z is None:
             run, stage = new_pass(len(batch.labels)), self.stages[-1]
-            batch.x = self._input(batch, run)
+            batch.x, _ = self._input(batch, run)
             batch.z, _ = stage.mix(batch.x, None, run.n_images)
             batch.x = changes.by_feature(batch.x.reshape(len(batch.x), -1, LANES), n_ones=1)
             batch.z = changes.by_feature(batch.z.reshape(len(batch.z), -1, LANES))
@@ -220,28 +223,36 @@ class DeltaForward:
         return losses
 
     def _input(self, batch, run):
-        """Return the input of the stage that is being searched."""
+        """Return the input of the stage that is being searched, and how to remake it (or None)."""
         x = cpu.pack(batch.images)
         for layer in self.head:
             x = layer.forward(x, run)
+        is_dense, remade = isinstance(self.stages[self.d].mixing, Dense), None  # its features are pixels
         if self.d > 0:
             z, statistics = forward(self.stages[: self.d], x, None, run)
-            x = cpu.apply_tail(*self.stages[self.d - 1].leave(z, statistics, run))
-        is_dense = isinstance(self.stages[self.d].mixing, Dense)  # each pixel is a feature then
-        return cpu.as_maps(x.reshape(len(x), -1, LANES) if is_dense else x)
+            left = Pending(*self.stages[self.d - 1].leave(z, statistics, run))
+            if self.d == 1 and not is_dense and not self.stages[0].apart and not self._keeps_z(0):
+                remade = Remade(x, left.tail)
+            x = left if left.tail.pool == KEEP and not is_dense else cpu.apply_tail(*left)
+        return cpu.as_maps(x.reshape(len(x), -1, LANES)) if is_dense else x, remade
+
+    def _keeps_z(self, d):
+        """Return whether the output of stage d is kept, and not computed when it is needed."""
+        return self.stages[d].mixing.weight[0].size > FEW_TAPS
 
     def _compute(self, batch):
         """Compute a mini-batch up to z_next, and keep it if there is room."""
         run, stage, following = new_pass(len(batch.labels)), *self.stages[self.d : self.d + 2]
-        if batch.x is None:
-            batch.x = self._input(batch, run)
-        z, statistics = stage.mix(batch.x, None, run.n_images)
+        x, remade = batch.x, None
+        if x is None or isinstance(x, Remade):
+            x, remade = self._input(batch, run)
+        z, statistics = stage.mix(*(x if isinstance(x, Pending) else (x, None)), run.n_images)
         a, batch.tail = stage.leave(z, statistics, run)
         y = batch.z_next if batch.is_held else None
         batch.z_next, batch.next_statistics = following.mix(a, batch.tail, run.n_images, y=y)
         batch.statistics.update(run.statistics)
         batch.loss_applied, batch.applied = None, self.log_length
-        keeps_z = stage.mixing.weight[0].size > FEW_TAPS
+        keeps_z = self._keeps_z(self.d)
         batch.z_weights = None if keeps_z else (stage.mixing.weight.copy(), stage.mixing.bias.copy())
         if batch.is_held:
             if keeps_z:
@@ -249,18 +260,25 @@ class DeltaForward:
             if stage.apart:
                 copy(a, batch.a)
         else:
-            batch.z, batch.a = z if keeps_z else None, a if stage.apart else None
-            self._hold(batch, stage)
+            batch.x, batch.z, batch.a = x, z if keeps_z else None, a if stage.apart else None
+            self._hold(batch, stage, remade if keeps_z else None)
 
-    def _hold(self, batch, stage):
-        """Keep a mini-batch until it comes back, if that is likely and there is room."""
+    def _hold(self, batch, stage, remade=None):
+        """Keep a mini-batch until it comes back, if that is likely and there is room.
+
+        If most of that were its input, this is remade when it is needed.
+        """
         if self.key is None or (batch.visits == 1 and stage.mixing.weight.size <= MANY):
             return
-        names = [name for name in ("x", "z", "a", "z_next") if getattr(batch, name) is not None]
-        copies = self.arena.hold([getattr(batch, name) for name in names])
+        names = [name for name in ("z", "a", "z_next") if getattr(batch, name) is not None]
+        arrays, x = [getattr(batch, name) for name in names], batch.x
+        if remade and _array(x).nbytes > sum(array.nbytes for array in arrays):
+            x = remade
+        copies = self.arena.hold([_array(x), *arrays])
         if copies is not None:
             batch.is_held = True
-            for name, array in zip(names, copies, strict=True):
+            batch.x = type(x)(copies[0], x.tail) if isinstance(x, tuple) else copies[0]
+            for name, array in zip(names, copies[1:], strict=True):
                 setattr(batch, name, array)
 
     def _follow(self, batch):
@@ -309,17 +327,26 @@ class DeltaForward:
         if batch.z is not None:
             return batch.z, channel
         weight, bias = (w[channel] for w in batch.z_weights)
-        taps = np.array([(BIAS, 0, 0), *np.ndindex(weight.shape)])
-        stage = self.stages[self.d]
-        z, _ = changes.change_of_channel(batch.x, taps, np.append(bias, weight), stage.size, stage.step)
-        return z, 0
+        return _output(self.stages[self.d], batch.x, weight, bias), 0
+
+    def _channels(self, x, taps):
+        """Return the input of the stage and taps in it, (n, 3); of a Remade only the channels they need."""
+        if not isinstance(x, Remade):
+            return x, taps
+        stage, taps, needed = self.stages[0], taps.copy(), taps[:, 0] >= 0
+        channels, taps[needed, 0] = np.unique(taps[needed, 0], return_inverse=True)
+        n_blocks, _, height, width, _ = x.x.shape
+        z = empty((n_blocks, len(channels), height // stage.step, width // stage.step, LANES), x.x.dtype)
+        for k, channel in enumerate(channels):
+            _output(stage, x.x, stage.mixing.weight[channel], stage.mixing.bias[channel], z, k)
+        return Pending(z, x.tail._replace(scale=x.tail.scale[channels], shift=x.tail.shift[channels])), taps
 
     def _u(self, batch, place, channel, where, amounts):
         """Return u, what weights of an output channel add to it, and its moments if a BatchNorm is next."""
         stage, taps = self.stages[self.d], where[:, 1] != NO_TAP
         mean = float(batch.statistics[stage.norm.name][0][channel]) if stage.norm else None
-        return changes.change_of_channel(batch.x, where[taps, 1:], amounts[taps], stage.size, stage.step,
-                                         *place, mean, len(batch.labels))
+        return changes.change_of_channel(*self._channels(batch.x, where[taps, 1:]), amounts[taps], stage.size,
+                                         stage.step, *place, mean, len(batch.labels))
 
     def _change(self, batch, place, channel, u, moments, amount, y=None):
         """Return what z[channel] + amount * u makes of z_next, written to y if that is given."""
@@ -352,6 +379,17 @@ class DeltaForward:
         run = new_pass(n_images)
         z, _ = onward(self.stages[self.d + 1 :], z_next, statistics, run)
         return cpu.mean_loss(z.reshape(len(z), -1, LANES), self.batch.labels), run.statistics
+
+
+def _array(x):
+    """Return the array in the input of a stage: Pending and Remade are (array, tail)."""
+    return x[0] if isinstance(x, tuple) else x
+
+
+def _output(stage, x, weight, bias, z=None, k=0):
+    """Return one output channel of a stage's convolution, (n_blocks, 1, h, w, LANES) or as channel k of z."""
+    taps = np.array([(BIAS, 0, 0), *np.ndindex(weight.shape)])
+    return changes.change_of_channel(x, taps, np.append(bias, weight), stage.size, stage.step, u=z, k_u=k)[0]
 
 
 def _moved(mean, variance, moments, amount):

@@ -16,7 +16,7 @@ from .memory import empty, share_of, slab_of, slabs
 from .norms import moment_block
 from .products import padded_scratch
 from .softmax import fast_exp
-from .tails import enter, no_tail, pooled_shape
+from .tails import enter, pooled_shape, tailed
 
 ZERO = np.float32(0)
 ONE = np.float32(1)
@@ -33,34 +33,39 @@ def merged_with_avgpool(weight):
     return merged
 
 
-def change_of_channel(x, taps, amounts, size, step, z=None, k=0, mean=None, n_images=0):
+def change_of_channel(x, taps, amounts, size, step, z=None, k=0, mean=None, n_images=0, u=None, k_u=0):
     """Return u, by which changes of weights change channel k of z, and its moments if z has a `mean` there.
 
     Parameters
     ----------
-    x, z : ndarray (n_blocks, C_in, step * h, step * w, LANES), (n_blocks, C_out, h, w, LANES)
-        Input and output of the convolution; step is 2 with a merged average pool. z is only read for the
-        moments.
+    x : ndarray or Pending (n_blocks, C_in, step * h, step * w, LANES)
+        Input of the convolution; step is 2 with a merged average pool.
     taps, amounts : ndarray (n, 3) int, (n,)
         Input channel (negative: the bias), row and column of each weight, and what is added to it.
     size : int
         Rows and columns of a filter, before the pool was merged into it.
+    z : ndarray (n_blocks, C_out, h, w, LANES)
+        Output of the convolution, only read for the moments.
     mean : float or None
     n_images : int
+    u : ndarray (n_blocks, C, h, w, LANES) or None
+        Its channel k_u is written to, if it is given.
 
     Returns
     -------
-    u : ndarray (n_blocks, 1, h, w, LANES)
+    u : ndarray (n_blocks, 1, h, w, LANES), or what was given
     moments : (float, float, float) or None
         mean(u), covariance(z, u), variance(u).
     """
-    u = empty((len(x), 1, x.shape[2] // step, x.shape[3] // step, LANES), x.dtype)
+    (x, tail), (_, n_channels, height, width, _) = tailed(x), x.shape
+    if u is None:
+        u = empty((len(x), 1, height // step, width // step, LANES), x.dtype)
     sums = np.empty((3, 0 if mean is None else len(x)))
-    filters = np.zeros((x.shape[1], size + step - 1, size + step - 1), x.dtype)
+    filters = np.zeros((n_channels, size + step - 1, size + step - 1), x.dtype)
     width = u.shape[3] + -u.shape[3] % 8
-    padded = padded_scratch((1, x.shape[2], step * width), filters.shape[1], step, x.dtype, strips=False)
+    padded = padded_scratch((1, height, step * width), filters.shape[1], step, x.dtype, strips=False)
     room = slabs("room", (u.shape[2], width, LANES), x.dtype)
-    filter_blocks(x, taps, amounts, step, no_tail(x), filters, u, u if z is None else z, k,
+    filter_blocks(x, taps, amounts, step, tail, filters, u, k_u, u if z is None else z, k,
                   np.float32(mean or 0), n_images, sums, padded, room)
     if mean is None:
         return u, None
@@ -69,29 +74,30 @@ def change_of_channel(x, taps, amounts, size, step, z=None, k=0, mean=None, n_im
 
 
 @parallel_kernel
-def filter_blocks(x, taps, amounts, step, tail, filters, u, z, k, mean, n_images, sums, padded, room):
-    # x (n_blocks, C_in, step * h, step * w, LANES), taps (n, 3), amounts (n,), the tail changes nothing
+def filter_blocks(x, taps, amounts, step, tail, filters, u, k_u, z, k, mean, n_images, sums, padded, room):
+    # x, which the tail makes (n_blocks, C_in, step * h, step * w, LANES) of; taps (n, 3), amounts (n,)
     # filters (C_in, size, size) of zeros: gets the amounts
-    # u (n_blocks, 1, h, w, LANES), z (n_blocks, C_out, h, w, LANES)
+    # u (n_blocks, C, h, w, LANES), z (n_blocks, C_out, h, w, LANES)
     # sums (3, n_blocks) of u, (z - mean) u and u u, or of no blocks if nobody asks
     # padded (n_slabs, 1, rows, columns, LANES), room (n_slabs, h, w rounded up to tiles, LANES)
     bias, is_used = add_taps(taps, amounts, step, filters)
     for thread in prange(len(padded) // 2):
-        filter_share(slab_of(thread), x, tail, bias, filters, is_used, step, u, z, k, mean, n_images, sums,
-                     padded, room)
+        filter_share(slab_of(thread), x, tail, bias, filters, is_used, step, u, k_u, z, k, mean, n_images,
+                     sums, padded, room)
 
 
 @kernel
-def filter_share(t, x, tail, bias, filters, is_used, step, u, z, k, mean, n_images, sums, padded, room):
+def filter_share(t, x, tail, bias, filters, is_used, step, u, k_u, z, k, mean, n_images, sums, padded,
+                 room):
     # the blocks of the thread with slab t
     start, stop = share_of(t, len(padded), len(x))
     for b in range(start, stop):
         filter_block(x, b, min(b + 1, stop - 1), tail, bias, filters, is_used, step, padded, room, t)
         for h in range(u.shape[2]):
             for w in range(u.shape[3]):
-                store(u, (b, 0, h, w), load(room, (t, h, w)))
+                store(u, (b, k_u, h, w), load(room, (t, h, w)))
         if sums.shape[1] > 0:
-            sums[0, b], sums[1, b], sums[2, b] = moment_block(z, b, k, u, 0, mean, n_images - b * LANES)
+            sums[0, b], sums[1, b], sums[2, b] = moment_block(z, b, k, u, k_u, mean, n_images - b * LANES)
 
 
 @kernel
@@ -104,7 +110,7 @@ def filter_block(x, b, ahead, tail, bias, filters, is_used, step, padded, u, t):
             store(u, (t, h, w), fill(bias))
     for c in range(x.shape[1]):
         if is_used[c]:
-            enter(x, b, c, 1, tail, -((size - 1) // 2), (size - 1) // 2, padded, t)
+            enter(x, b, c, 1, tail, c, -((size - 1) // 2), (size - 1) // 2, padded, t)
             for h in range(u.shape[1]):
                 for row in range(step * h, step * h + step):
                     for w in range(x.shape[3]):
@@ -211,8 +217,8 @@ def change_share(t, z, k, u, amount, before, after, changed, old, change):
     start, stop = share_of(t, len(old), len(z))
     for b in range(start, stop):
         sum_block(z, b, k, u, amount, changed, t, 0)
-        enter(changed, t, 0, 1, after, 0, 0, change, b)
-        enter(z, b, k, 1, before, 0, 0, old, t)
+        enter(changed, t, 0, 1, after, 0, 0, 0, change, b)
+        enter(z, b, k, 1, before, 0, 0, 0, old, t)
         for h in range(change.shape[2]):
             for w in range(change.shape[3]):
                 difference = multiply_add(-ONE, load(old, (t, 0, h, w)), load(change, (b, 0, h, w)))

@@ -172,7 +172,7 @@ def apply_tail(z, tail):
 def tail_blocks(z, tail, y):
     # z (n_blocks, C, H, W, LANES), y (n_blocks, C, h, w, LANES)
     for b in prange(z.shape[0]):
-        enter(z, b, 0, z.shape[1], tail, 0, 0, y, b)
+        enter(z, b, 0, z.shape[1], tail, 0, 0, 0, y, b)
 
 
 def conv2d_backward(x, weight, dy, wants_dx=True):

@@ -18,7 +18,7 @@ from .norms import around_means, count_pixels, deviations
 from .tails import enter
 
 CHANNELS, PIXELS = 8, 2  # of a tile of the convolution
-STRIP = 300_000  # bytes of padded input that one thread works on at once: a part of its second-level cache
+STRIP = 450_000  # bytes of padded input that one thread works on at once: a part of its second-level cache
 
 Filters = namedtuple("Filters", "weight bias")
 Flat = namedtuple("Flat", "z x start y")  # views of a convolution's arrays, with pixels as one axis
@@ -86,7 +86,7 @@ def conv2d_share(t, z, tail, filters, started, stride, streamed, n_images, shape
         ahead, part = min(b + 1, stop - 1), 0
         share = fetched_share(flat.z, n_tiles * max(1, height * width // PIXELS), b + 1 < stop)
         for first in range(0, height, n_rows):  # strip by strip
-            enter(z, b, 0, z.shape[1], tail, stride * first - margin, margin, padded, t)
+            enter(z, b, 0, z.shape[1], tail, 0, stride * first - margin, margin, padded, t)
             end = min(first + n_rows, height) * width
             for p in range(first * width, end, PIXELS):
                 pixels, counts = (p, min(p + 1, end - 1)), (is_real, is_real if p + 1 < end else nothing)
@@ -254,7 +254,7 @@ def conv2d_weight_share(t, x, tail, dy, dy_flat, dweight, dbias, padded):
     # the blocks of the thread with slab t
     margin, (start, stop) = (dweight.shape[3] - 1) // 2, share_of(t, len(padded), len(x))
     for b in range(start, stop):
-        enter(x, b, 0, x.shape[1], tail, -margin, margin, padded, t)
+        enter(x, b, 0, x.shape[1], tail, 0, -margin, margin, padded, t)
         for o in range(0, dweight.shape[1], 4):
             for i in range(0, dweight.shape[2], 2):
                 for kh in range(dweight.shape[3]):
@@ -326,7 +326,7 @@ def dense_share(t, z, tail, weight, bias, start, started, y, room, flat):
     # the blocks of the thread with slab t
     begin, stop = share_of(t, len(room), len(z))
     for b in range(begin, stop):
-        enter(z, b, 0, z.shape[1], tail, 0, 0, room, t)
+        enter(z, b, 0, z.shape[1], tail, 0, 0, 0, room, t)
         for o in range(0, weight.shape[0], 4):
             dense_tile(flat, t, weight, bias, start, started, y, b, o)
 

@@ -47,10 +47,10 @@ def pooled_shape(shape, pool):
 
 
 @kernel
-def enter(z, b, k, n_channels, tail, first, margin, padded, t):
-    # channels k to k + n_channels - 1 of z[b] (C, H, W, LANES) -> padded[t], n_channels maps
-    # (n_rows, at least w + 2 * margin, LANES): from row `first` on what the tail, which has just these
-    # channels, makes of them, (h, w, LANES), in zeros where there is none
+def enter(z, b, k, n_channels, tail, k_tail, first, margin, padded, t):
+    # channels k to k + n_channels - 1 of z[b] (C, H, W, LANES), which are k_tail and so on of the tail
+    # -> padded[t], n_channels maps (n_rows, at least w + 2 * margin, LANES): from row `first` on what the
+    # tail makes of them, (h, w, LANES), in zeros where there is none
     # (A view of one block would do, but each view is counted as a user of the array, all threads count in the
     # same place, and wait for each other there.)
     height, width = z.shape[2], z.shape[3]
@@ -60,7 +60,7 @@ def enter(z, b, k, n_channels, tail, first, margin, padded, t):
         height, width = 1, 1
     zero = fill(padded.dtype.type(0))
     for c in range(n_channels):
-        scale, shift = tail.scale[c], fill(tail.shift[c])
+        scale, shift = tail.scale[k_tail + c], fill(tail.shift[k_tail + c])
         for i in range(padded.shape[2]):
             for j in range(margin):
                 store(padded, (t, c, i, j), zero)

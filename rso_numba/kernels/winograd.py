@@ -103,7 +103,7 @@ def winograd_share(t, z, z_flat, tail, filters, streamed, n_images, y, statistic
         n_lanes = min(n_images - b * LANES, LANES) if statistics.shape[1] > 0 else 0  # 0: nobody counts
         ahead, part, share = b + 1, 0, fetched_share(z_flat, n_parts, b + 1 < stop)
         for first in range(0, height, n_rows):  # strip by strip
-            enter(z, b, 0, z.shape[1], tail, SIDE * first - 1, 1, padded, t)
+            enter(z, b, 0, z.shape[1], tail, 0, SIDE * first - 1, 1, padded, t)
             n_tiles = min(n_rows, height - first) * width
             for tile in range(0, n_tiles, PIXELS):
                 here, other = divmod(tile, width), divmod(min(tile + 1, n_tiles - 1), width)
