@@ -124,6 +124,21 @@ def test_an_input_that_is_most_of_the_memory_is_remade(name, many_channels, monk
     assert set(remade) == {1}
 
 
+@pytest.mark.parametrize("name", ["one_conv", "two_conv", "original", "paper_mnist"])
+def test_all_that_waits_for_a_batch_lies_in_the_arena(name, digits):
+    network = build(name, (1, 8, 8), rng=0)
+    delta = DeltaForward(network)
+    for parameter in reversed(network.parameters()):
+        index, images = (0,) * parameter.value.ndim, digits.train_images[:40]
+        for key in (0, 1, 0, 1):
+            delta.set_batch(images, digits.train_labels[:40], key)
+            delta.losses(parameter, index, parameter.value[index] + np.float32([0, 0.1, -0.1]))
+        for batch in delta.batches.values():
+            held = [batch.z, batch.a, batch.z_next, batch.x[0] if isinstance(batch.x, tuple) else batch.x]
+            for array in (array for array in held if array is not None):
+                assert any(np.shares_memory(array, slab) for slab, _ in delta.arena.slabs)
+
+
 def test_a_loss_that_is_known_is_not_computed_again(digits, monkeypatch):
     network = build("two_conv", (1, 8, 8), rng=0)
     full, delta = FullForward(network), DeltaForward(network)
