@@ -26,10 +26,10 @@ CHUNK = 16 * LANES  # images that one thread takes care of in the last layer
 def merged_with_avgpool(weight):
     """Return filters (C_out, C_in, k + 1, k + 1) whose outputs, at stride 2, are means of those of weight."""
     size = weight.shape[2]
-    merged = np.zeros((*weight.shape[:2], size + 1, size + 1), weight.dtype)
+    merged, quarter = np.zeros((*weight.shape[:2], size + 1, size + 1), weight.dtype), weight / 4
     for i in (0, 1):
         for j in (0, 1):
-            merged[:, :, i : i + size, j : j + size] += weight / 4
+            merged[:, :, i : i + size, j : j + size] += quarter
     return merged
 
 

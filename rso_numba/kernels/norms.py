@@ -77,15 +77,14 @@ def add_statistics(statistics, n_images, n_pixels, moments):
     # statistics (2, n_blocks, C) of the blocks -> mean and variance, moments (2, C)
     # The squares are taken around the mean of their block; moving them to the common mean cancels nothing.
     n_blocks, n_channels = statistics.shape[1:]
-    for c in range(n_channels):
-        total = squares = 0.0
-        for b in range(n_blocks):
-            total += statistics[0, b, c]
-        mean = total / (n_images * n_pixels)
-        for b in range(n_blocks):
-            count = min(n_images - b * LANES, LANES) * n_pixels
-            squares += statistics[1, b, c] + count * (statistics[0, b, c] / count - mean) ** 2
-        moments[0, c], moments[1, c] = mean, squares / (n_images * n_pixels)
+    mean, squares, n = np.zeros(n_channels), np.zeros(n_channels), n_images * n_pixels
+    add_rows(statistics[0], mean)
+    mean /= n
+    for b in range(n_blocks):
+        count = min(n_images - b * LANES, LANES) * n_pixels
+        for c in range(n_channels):
+            squares[c] += statistics[1, b, c] + count * (statistics[0, b, c] / count - mean[c]) ** 2
+    moments[0], moments[1] = mean, squares / n
 
 
 @kernel
