@@ -115,7 +115,7 @@ class DeltaForward:
         self._take(images, labels)
 
     def _take(self, images, labels):
-        self.batch = self.batches.get(self.key) or Batch(images, labels)
+        self.batch, self.made = self.batches.get(self.key) or Batch(images, labels), None
         self.batch.visits += 1
         if self.key is not None:
             self.batches[self.key] = self.batch
@@ -264,16 +264,13 @@ class DeltaForward:
             self._hold(batch, stage, remade if keeps_z else None)
 
     def _hold(self, batch, stage, remade=None):
-        """Keep a mini-batch until it comes back, if that is likely and there is room.
-
-        If most of that were its input, this is remade when it is needed.
-        """
+        """Keep a mini-batch until it comes back, if that is likely and there is room."""
         if self.key is None or (batch.visits == 1 and stage.mixing.weight.size <= MANY):
             return
         names = [name for name in ("z", "a", "z_next") if getattr(batch, name) is not None]
         arrays, x = [getattr(batch, name) for name in names], batch.x
         if remade and _array(x).nbytes > sum(array.nbytes for array in arrays):
-            x = remade
+            x = remade  # instead of what would be most of the memory
         copies = self.arena.hold([_array(x), *arrays])
         if copies is not None:
             batch.is_held = True
@@ -333,13 +330,17 @@ class DeltaForward:
         """Return the input of the stage and taps in it, (n, 3); of a Remade only the channels they need."""
         if not isinstance(x, Remade):
             return x, taps
-        stage, taps, needed = self.stages[0], taps.copy(), taps[:, 0] >= 0
-        channels, taps[needed, 0] = np.unique(taps[needed, 0], return_inverse=True)
-        n_blocks, _, height, width, _ = x.x.shape
-        z = empty((n_blocks, len(channels), height // stage.step, width // stage.step, LANES), x.x.dtype)
-        for k, channel in enumerate(channels):
-            _output(stage, x.x, stage.mixing.weight[channel], stage.mixing.bias[channel], z, k)
-        return Pending(z, x.tail._replace(scale=x.tail.scale[channels], shift=x.tail.shift[channels])), taps
+        stage, taps, is_weight = self.stages[0], taps.copy(), taps[:, 0] >= 0
+        channels = np.unique(taps[is_weight, 0])
+        if self.made is None or not np.isin(channels, self.made[0]).all():
+            shape = len(x.x), len(channels), *(n // stage.step for n in x.x.shape[2:4]), LANES
+            z = empty(shape, x.x.dtype)
+            for k, c in enumerate(channels):
+                _output(stage, x.x, stage.mixing.weight[c], stage.mixing.bias[c], z, k)
+            tail = x.tail._replace(scale=x.tail.scale[channels], shift=x.tail.shift[channels])
+            self.made = channels, Pending(z, tail)  # for the next call too, which often needs the same
+        taps[is_weight, 0] = np.searchsorted(self.made[0], taps[is_weight, 0])
+        return self.made[1], taps
 
     def _u(self, batch, place, channel, where, amounts):
         """Return u, what weights of an output channel add to it, and its moments if a BatchNorm is next."""

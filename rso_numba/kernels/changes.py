@@ -25,12 +25,23 @@ CHUNK = 16 * LANES  # images that one thread takes care of in the last layer
 
 def merged_with_avgpool(weight):
     """Return filters (C_out, C_in, k + 1, k + 1) whose outputs, at stride 2, are means of those of weight."""
-    size = weight.shape[2]
-    merged, quarter = np.zeros((*weight.shape[:2], size + 1, size + 1), weight.dtype), weight / 4
-    for i in (0, 1):
-        for j in (0, 1):
-            merged[:, :, i : i + size, j : j + size] += quarter
+    merged = np.zeros((*weight.shape[:2], weight.shape[2] + 1, weight.shape[3] + 1), weight.dtype)
+    add_quarters(weight, merged)
     return merged
+
+
+@kernel
+def add_quarters(weight, merged):
+    # weight (C_out, C_in, k, k), merged (C_out, C_in, k + 1, k + 1) of zeros
+    for o in range(weight.shape[0]):
+        for c in range(weight.shape[1]):
+            for h in range(weight.shape[2]):
+                for w in range(weight.shape[3]):
+                    quarter = weight[o, c, h, w] / 4
+                    merged[o, c, h, w] += quarter
+                    merged[o, c, h, w + 1] += quarter
+                    merged[o, c, h + 1, w] += quarter
+                    merged[o, c, h + 1, w + 1] += quarter
 
 
 def change_of_channel(x, taps, amounts, size, step, z=None, k=0, mean=None, n_images=0, u=None, k_u=0):
