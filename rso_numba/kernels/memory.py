@@ -80,19 +80,18 @@ def scratch(name, shape, dtype):
 
 
 def slabs(name, shape, dtype):
-    """Return memory for all threads to work in, `slabs[t]` (shape) for one: see `threads` and `scratch`.
+    """Return memory for all threads to work in, (2 * n_threads, *shape): as `scratch`, a slab for each.
 
     There are twice as many slabs as threads, and every second one is left alone. A processor guesses which
-    memory is wanted next and fetches it, far beyond the end of a slab; if another thread were writing there,
-    its writes would have to wait until they have taken it back. That more than halves the speed of cores
-    that do not share a cache.
+    memory is wanted next and fetches it, far beyond the end of a slab; a thread that is writing there would
+    have to take it back, again and again. That more than halves the speed of cores that share no cache.
     """
     return scratch(name, (2 * get_num_threads(), *shape), dtype)
 
 
 @formula
 def slab_of(thread):
-    """Return the index of the slab of a thread."""
+    """Return which slab is that of a thread."""
     return 2 * thread
 
 
