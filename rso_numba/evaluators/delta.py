@@ -246,7 +246,7 @@ class DeltaForward:
         x, remade = batch.x, None
         if x is None or isinstance(x, Remade):
             x, remade = self._input(batch, run)
-        z, statistics = stage.mix(*(x if isinstance(x, Pending) else (x, None)), run.n_images)
+        z, statistics = stage.mix(x, None, run.n_images)
         a, batch.tail = stage.leave(z, statistics, run)
         y = batch.z_next if batch.is_held else None
         batch.z_next, batch.next_statistics = following.mix(a, batch.tail, run.n_images, y=y)
@@ -333,8 +333,7 @@ class DeltaForward:
         stage, taps, is_weight = self.stages[0], taps.copy(), taps[:, 0] >= 0
         channels = np.unique(taps[is_weight, 0])
         if self.made is None or not np.isin(channels, self.made[0]).all():
-            shape = len(x.x), len(channels), *(n // stage.step for n in x.x.shape[2:4]), LANES
-            z = empty(shape, x.x.dtype)
+            z = empty((len(x.x), len(channels), *(n // stage.step for n in x.x.shape[2:4]), LANES), x.x.dtype)
             for k, c in enumerate(channels):
                 _output(stage, x.x, stage.mixing.weight[c], stage.mixing.bias[c], z, k)
             tail = x.tail._replace(scale=x.tail.scale[channels], shift=x.tail.shift[channels])

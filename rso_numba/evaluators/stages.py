@@ -12,7 +12,7 @@ import numpy as np
 
 from ..kernels import changes, cpu, tails
 from ..kernels.lanes import LANES
-from ..kernels.tails import no_tail
+from ..kernels.tails import tailed
 from ..layers import AvgPool, BatchNorm, Dense, Flatten, GlobalMaxPool, GlobalMeanPool, MaxPool, Pass, ReLU
 
 POOLS = {MaxPool: tails.MAX, AvgPool: tails.MEAN, GlobalMaxPool: tails.GLOBAL_MAX,
@@ -42,12 +42,12 @@ class Stage:
     def mix(self, z, tail, n_images, channels=slice(None), start=None, y=None):
         """Return the output of the mixing layer; mean and variance of its channels if a BatchNorm needs them.
 
-        Its input is what `tail` (or None) makes of z. With `channels` z holds only these channels of the
-        input, and `start` is what the others contribute. The output is written to y if that is given.
+        Its input is what `tail` makes of z, or with None z itself, which may be Pending. With `channels` z
+        holds only these channels of the input, and `start` is what the others contribute. The output is
+        written to y if that is given.
         """
         if tail is None:  # the input itself, and a dense layer does not mind in which shape
-            z = cpu.as_row(z) if isinstance(self.mixing, Dense) else z
-            tail = no_tail(z)
+            z, tail = tailed(cpu.as_row(z) if isinstance(self.mixing, Dense) else z)
         weight = self.mixing.weight[:, channels]
         if self.step == 2:
             weight = changes.merged_with_avgpool(weight)

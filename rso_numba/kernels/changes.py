@@ -12,7 +12,7 @@ from numba import prange
 
 from .compiling import formula, kernel, parallel_kernel
 from .lanes import LANES, fetch, fill, load, multiply_add, store
-from .memory import empty, share_of, slab_of, slabs
+from .memory import empty, share_of, slab_of, slabs, threads_of
 from .norms import moment_block
 from .products import padded_scratch
 from .softmax import fast_exp
@@ -92,7 +92,7 @@ def filter_blocks(x, taps, amounts, step, tail, filters, u, k_u, z, k, mean, n_i
     # sums (3, n_blocks) of u, (z - mean) u and u u, or of no blocks if nobody asks
     # padded (n_slabs, 1, rows, columns, LANES), room (n_slabs, h, w rounded up to tiles, LANES)
     bias, is_used = add_taps(taps, amounts, step, filters)
-    for thread in prange(len(padded) // 2):
+    for thread in prange(threads_of(padded)):
         filter_share(slab_of(thread), x, tail, bias, filters, is_used, step, u, k_u, z, k, mean, n_images,
                      sums, padded, room)
 
@@ -218,7 +218,7 @@ def tail_change(z, k, u, amount, before, after):
 @parallel_kernel
 def change_blocks(z, k, u, amount, before, after, changed, old, change):
     # z (n_blocks, C_out, h, w, LANES), u (n_blocks, 1, h, w, LANES); changed, old (n_slabs, 1, h, w, LANES)
-    for thread in prange(len(old) // 2):
+    for thread in prange(threads_of(old)):
         change_share(slab_of(thread), z, k, u, amount, before, after, changed, old, change)
 
 

@@ -90,6 +90,12 @@ def slabs(name, shape, dtype):
 
 
 @formula
+def threads_of(slabs):
+    """Return how many threads slabs are for."""
+    return len(slabs) // 2
+
+
+@formula
 def slab_of(thread):
     """Return which slab is that of a thread."""
     return 2 * thread

@@ -13,7 +13,7 @@ from numba import prange
 
 from .compiling import formula, kernel, parallel_kernel
 from .lanes import LANES, add_up, fetch, fill, first_lanes, load, multiply_add, settle, store, stream
-from .memory import share_of, slab_of, slabs
+from .memory import share_of, slab_of, slabs, threads_of
 from .norms import around_means, count_pixels, deviations
 from .tails import enter
 
@@ -66,7 +66,7 @@ def conv2d_blocks(z, tail, filters, start, started, stride, streamed, n_images, 
                 padded.reshape(len(padded), padded.shape[1], -1, LANES),
                 start.reshape(len(start), start.shape[1], -1, LANES),
                 y.reshape(len(y), y.shape[1], -1, LANES))
-    for thread in prange(len(padded) // 2):
+    for thread in prange(threads_of(padded)):
         conv2d_share(slab_of(thread), z, tail, filters, started, stride, streamed, n_images, y.shape[2:4],
                      statistics, padded, flat, sums)
 
@@ -245,7 +245,7 @@ def conv2d_weight_blocks(x, tail, dy, dweight, dbias, padded):
     # dweight (n_blocks, C_out, C_in, k, k), dbias (n_blocks, C_out)
     # padded (n_slabs, C_in, rows, columns, LANES) as for 3x3
     dy_flat = dy.reshape(len(dy), dy.shape[1], -1, LANES)
-    for thread in prange(len(padded) // 2):
+    for thread in prange(threads_of(padded)):
         conv2d_weight_share(slab_of(thread), x, tail, dy, dy_flat, dweight, dbias, padded)
 
 
@@ -317,7 +317,7 @@ def dense_blocks(z, tail, weight, bias, start, started, y, room):
     # weight (n_out, n_in), bias (n_out,), room (n_slabs, C, h, w, LANES)
     # y, start (n_blocks, n_out, LANES): `started` says to begin with `start`, not the bias
     flat = room.reshape(len(room), -1, LANES)
-    for thread in prange(len(room) // 2):
+    for thread in prange(threads_of(room)):
         dense_share(slab_of(thread), z, tail, weight, bias, start, started, y, room, flat)
 
 

@@ -25,7 +25,7 @@ from numba import prange
 
 from .compiling import formula, kernel, parallel_kernel
 from .lanes import LANES, add, fill, first_lanes, load, multiply, multiply_add, settle, store, stream
-from .memory import share_of, slab_of, slabs
+from .memory import share_of, slab_of, slabs, threads_of
 from .norms import around_means, count_pixels
 from .products import (
     CHANNELS,
@@ -85,7 +85,7 @@ def winograd_blocks(z, tail, filters, streamed, n_images, y, statistics, filters
     # filters_at (n_slabs * 36, C_in, C), padded (n_slabs, C_in, rows, columns, LANES)
     # points (n_slabs * 36, at least C_in, 2, LANES), products (n_slabs * 36, at least 8, 2, LANES)
     z_flat = z.reshape(len(z), -1, LANES)  # see `conv2d_blocks`
-    for thread in prange(len(padded) // 2):
+    for thread in prange(threads_of(padded)):
         winograd_share(slab_of(thread), z, z_flat, tail, filters, streamed, n_images, y, statistics,
                        filters_at, padded, points, products, sums)
 
