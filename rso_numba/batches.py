@@ -1,18 +1,39 @@
-"""Where the mini-batch of a trial comes from: three policies, each with `begin` and `draw`.
+"""Where the mini-batch of a trial comes from: three policies, which differ in `begin` and `draw`.
 
 `draw` returns images, labels and a key: the same key means the same images, so that an evaluator may
 use again what it computed for them; None means images that will not come again.
 """
 
 
-class Fresh:
-    """Algorithm 1: a random sample of the training set, drawn anew for every trial."""
+class Batches:
+    """What the policies share: how long a mini-batch is used.
 
-    def __init__(self, data, batch_size, rng):
-        self.data, self.batch_size, self.rng = data, batch_size, rng
+    Parameters
+    ----------
+    data : Dataset
+    batch_size : int
+    rng : Generator
+    hold : {"weight", "filter"}
+        See `Preset.hold`.
+    """
+
+    def __init__(self, data, batch_size, rng, hold="weight"):
+        self.data, self.batch_size, self.rng, self.hold = data, batch_size, rng, hold
 
     def begin(self, parameter):
         """Tell the policy that the visit of `parameter` begins."""
+        self.held_for = None  # output channel that the mini-batch is held for
+
+    def is_due(self, index):
+        """Return whether the trial of the weight at `index` needs a mini-batch of its own."""
+        if self.hold == "filter" and index[0] == self.held_for:
+            return False
+        self.held_for = index[0] if self.hold == "filter" else None
+        return True
+
+
+class Fresh(Batches):
+    """Algorithm 1: a random sample of the training set, drawn anew for every trial."""
 
     def draw(self):
         """Return images, labels and key of the next mini-batch."""
@@ -21,19 +42,20 @@ class Fresh:
         return images[chosen], labels[chosen], None
 
 
-class Slices:
+class Slices(Batches):
     """The authors' code: consecutive slices of a shuffled set, cycled.
 
     The set is shuffled when the visit of a layer's weights begins; gamma and beta of the layer
     start again at its first slice. Images that fill no whole slice wait for the next shuffle.
     """
 
-    def __init__(self, data, batch_size, rng):
-        self.data, self.batch_size, self.rng = data, batch_size, rng
+    def __init__(self, data, batch_size, rng, hold="weight"):
+        super().__init__(data, batch_size, rng, hold)
         self.n_slices = len(data.train_images) // batch_size
         self.n_shuffles = 0
 
     def begin(self, parameter):
+        super().begin(parameter)
         if self.n_shuffles == 0 or parameter.name not in ("gamma", "beta"):
             shuffled = self.rng.permutation(len(self.data.train_images))
             self.images, self.labels = self.data.train_images[shuffled], self.data.train_labels[shuffled]
@@ -46,21 +68,18 @@ class Slices:
         return self.images[start : start + self.batch_size], self.labels[start : start + self.batch_size], key
 
 
-class Partition:
+class Partition(Batches):
     """The notebook: the set is split once, one part is drawn with replacement for every trial.
 
     The last part may be short.
     """
 
-    def __init__(self, data, batch_size, rng):
+    def __init__(self, data, batch_size, rng, hold="weight"):
+        super().__init__(data, batch_size, rng, hold)
         shuffled = rng.permutation(len(data.train_images))
         images, labels = data.train_images[shuffled], data.train_labels[shuffled]
         starts = range(0, len(images), batch_size)
         self.parts = [(images[s : s + batch_size], labels[s : s + batch_size]) for s in starts]
-        self.rng = rng
-
-    def begin(self, parameter):
-        pass
 
     def draw(self):
         key = int(self.rng.integers(len(self.parts)))

@@ -9,7 +9,6 @@ import sys
 import timeit
 from dataclasses import dataclass, field, replace
 from time import perf_counter, sleep
-from unittest.mock import patch
 
 import numba
 import numpy as np
@@ -145,39 +144,37 @@ class Visit:
         return np.reshape(self.seconds, (-1, self.n_weights)).sum(axis=1)
 
 
-def timed_visits(job, choose, judge_of=None, rounds=1, **arguments):
+def timed_visits(job, choose, evaluator_of=None, rounds=1, **arguments):
     """Run the chosen trials of some rounds; return a dict of `Visit` by parameter.
 
-    `judge_of` makes an evaluator that `rso.trials` does not know, from a network; `arguments` go to
+    `evaluator_of` makes an evaluator that `rso.trials` does not know, from a network; `arguments` go to
     `rso.trials`. One trial more than was chosen begins each round and is not counted: sigma, the order of
     the visits and the partition of the data are made in the first.
     """
     network, timed = job.network(), {}
 
-    def chosen_visits(*settings):
+    def chosen_visits(*arguments):
         chosen = []
-        for parameter, indices, sigma in visits(*settings):
+        for parameter, indices, sigma in visits(*arguments):
             timed[str(parameter)] = Visit(len(indices), len(indices) // len(parameter.value))
             chosen.append((parameter, list(choose(parameter, indices)), sigma))
         chosen[0][1].insert(0, chosen[0][1][0])
         return chosen
 
     def clock():
-        return perf_counter() - getattr(judge, "not_counted", 0.0)
+        return perf_counter() - getattr(evaluator, "not_counted", 0.0)
 
-    judge = judge_of(network) if judge_of else None
-    evaluator = (lambda *_, **__: judge) if judge else rso.evaluator
-    with patch.multiple(rso, visits=chosen_visits, evaluator=evaluator):
-        stream = rso.trials(network, job.data, rounds, job.batch_size, job.preset,
-                            rng=np.random.default_rng([job.seed, 1]), **arguments)
-        last = next(stream)
-        begin = clock()
-        for trial in stream:
-            visit = timed[f"{trial.layer}.{trial.parameter}"]
-            if trial.round == last.round:
-                visit.seconds.append(clock() - begin)
-                visit.losses.append(trial.losses)
-            last, begin = trial, clock()
+    evaluator = evaluator_of(network) if evaluator_of else None
+    stream = rso.trials(network, job.data, rounds, job.batch_size, job.preset, evaluator=evaluator,
+                        visits=chosen_visits, rng=np.random.default_rng([job.seed, 1]), **arguments)
+    last = next(stream)
+    begin = clock()
+    for trial in stream:
+        visit = timed[f"{trial.layer}.{trial.parameter}"]
+        if trial.round == last.round:
+            visit.seconds.append(clock() - begin)
+            visit.losses.append(trial.losses)
+        last, begin = trial, clock()
     return timed
 
 
@@ -189,24 +186,24 @@ def kernels_loaded():
     return np.sum(counts, axis=0, dtype=int)
 
 
-def search_row(job, plan, what, choose, judge_of=None, evaluation="full", **arguments):
+def search_row(job, plan, what, choose, evaluator_of=None, evaluation="full", **arguments):
     """Compare the losses of one way of evaluation with FullForward's, then time it; return its Row."""
     loaded, begin = kernels_loaded(), perf_counter()
-    mine = timed_visits(job.small(), first(2), judge_of, evaluation=evaluation, **arguments)
+    mine = timed_visits(job.small(), first(2), evaluator_of, evaluation=evaluation, **arguments)
     first_calls, (from_cache, compiled) = perf_counter() - begin, (kernels_loaded() - loaded).tolist()
-    judge = timed_visits(job.small(), first(2), evaluation="full", **arguments)
+    expected = timed_visits(job.small(), first(2), evaluation="full", **arguments)
     for name, visit in mine.items():
-        np.testing.assert_allclose(visit.losses, judge[name].losses, rtol=1e-4, err_msg=f"{what}, {name}")
+        np.testing.assert_allclose(visit.losses, expected[name].losses, rtol=1e-4, err_msg=f"{what}, {name}")
     sleep(plan.rest)
     rounds = plan.rounds if evaluation == "delta" and job.model in plan.whole else 1
-    timed = timed_visits(job, choose, judge_of, rounds, evaluation=evaluation, **arguments)
+    timed = timed_visits(job, choose, evaluator_of, rounds, evaluation=evaluation, **arguments)
     n, n_timed = sum(v.n_weights for v in timed.values()), sum(len(v.seconds) for v in timed.values())
     n_first, block, held = 0, 1, "hold" in arguments
     if evaluation == "delta" and not held:
         n_first, block = len(job.data.train_images) // job.batch_size, BLOCK  # once for each mini-batch
     totals = {name: v.total(n_first, v.filter_size if held else block) for name, v in timed.items()}
     measured = f"median of {rounds} rounds of {n:,}" if n <= n_timed else f"sampled {n_timed:,} of {n:,}"
-    if judge_of is None:
+    if evaluator_of is None:
         measured += f"; first calls {first_calls:.1f} s, {from_cache} kernels cached, {compiled} compiled"
     detail = dict(
         round_seconds=sum(totals.values()), n_weights=n, n_timed=n_timed, threads=numba.get_num_threads(),

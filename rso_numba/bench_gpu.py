@@ -14,7 +14,7 @@ from . import bench, presets, rso
 from .evaluators.stages import cut
 from .kernels.tails import pooled_shape
 from .layers import Dense
-from .visits import visits
+from .visits import sigmas, visits
 
 BYTES = 4  # of a float32
 N_CANDIDATES = 3
@@ -69,7 +69,9 @@ def floors(job, peaks):
     found, stages = sizes(network), cut(network)[1]
     stage_of = {layer.name: d for d, stage in enumerate(stages) for layer in (stage.mixing, *stage.layers)}
     total = np.zeros(2)
-    for parameter, indices, _ in visits(network, presets.resolve(job.preset), np.random.default_rng(0)):
+    settings = presets.resolve(job.preset)
+    sigma = sigmas(network, settings.sigma, np.random.default_rng(0))
+    for parameter, indices, _ in visits(network, settings, sigma):
         total += np.array(trial_cost(found, stage_of[parameter.layer])) * len(indices)
     multiply_adds, numbers = total * job.batch_size
     return multiply_adds / peaks[0], numbers * BYTES / peaks[1]

@@ -360,3 +360,21 @@ def load(name, data_home=None, **options):
     if name not in LOADERS:
         raise ValueError(f"there is no data set {name!r}, expected one of {', '.join(LOADERS)}")
     return LOADERS[name](data_home, **options)
+
+
+def check_training(network, data, count, batch_size, count_name):
+    """Raise ValueError or TypeError unless the arguments of a training fit together."""
+    for name, value in ((count_name, count), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"{name} is {value!r}; expected a positive whole number")
+        if value < 1:
+            raise ValueError(f"{name} is {value}; expected a positive whole number")
+    if batch_size > len(data.train_images):
+        raise ValueError(f"batch_size is {batch_size}, larger than the training set of "
+                         f"{len(data.train_images)} images; expected at most that")
+    if data.image_shape != network.image_shape or data.n_classes != network.n_classes:
+        raise ValueError(
+            f"the network was built for images {network.image_shape} in {network.n_classes} classes, "
+            f"the data has {data.image_shape} in {data.n_classes}; build it with "
+            "image_shape=data.image_shape, n_classes=data.n_classes"
+        )

@@ -99,19 +99,14 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
                   backend=backend, rng=_generator(seed), progress=progress, history=result.histories["rso"])
     except KeyboardInterrupt:
         result.interrupted = _where(result)
-        _calibrate(networks["rso"], data, settings, backend)
+        # BatchNorm's statistics at hand are of the round before
+        rso.calibrate(networks["rso"], data, settings, backend)
     except kernels.GpuError as error:  # the network so far is not on the GPU
-        _calibrate(networks["rso"], data, settings, "cpu")
+        rso.calibrate(networks["rso"], data, settings, "cpu")
         _write(result, Path(out), before, scan, title)
         raise kernels.GpuError(f"{error}. {_where(result)}, in {out}") from error
     _write(result, Path(out), before, scan, title)
     return result
-
-
-def _calibrate(network, data, settings, backend):
-    """Take BatchNorm's statistics anew after an interrupted round: those at hand are of the round before."""
-    if network.has_batchnorm and settings.test_statistics == "first_2000":
-        network.calibrate(data.train_images[: rso.CALIBRATION_IMAGES], backend)
 
 
 def _generator(seed):

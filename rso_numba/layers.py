@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
+RUNNING_MOMENTUM = 0.1  # of BatchNorm's running statistics in training, as in the notebook
+
 
 @dataclass
 class Pass:

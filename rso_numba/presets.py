@@ -10,6 +10,8 @@ Mathematical Optimization", as it ran.
 
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
+
 EVERYTHING = ("weight", "bias", "gamma", "beta")
 
 
@@ -67,6 +69,11 @@ class Preset:
     step: str = "gaussian"
     unit: str = "weight"
     hold: str = "weight"
+
+    @property
+    def decay(self):
+        """Factor of weight decay, float32."""
+        return np.float32(1 - self.weight_decay)
 
 
 PRESETS = {

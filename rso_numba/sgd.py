@@ -6,10 +6,9 @@ import numpy as np
 from tqdm import tqdm
 
 from . import kernels
-from .datasets import check_images, check_labels
+from .datasets import check_images, check_labels, check_training
 from .history import History
-from .layers import Pass
-from .rso import RUNNING_MOMENTUM, check_training
+from .layers import RUNNING_MOMENTUM, Pass
 
 
 def gradients(network, images, labels, backend="cpu"):

@@ -8,24 +8,23 @@ from .models import Parameter
 GAMMA_BETA_SIGMA = 0.167  # the authors' step for every gamma and beta
 
 
-def visits(network, settings, rng):
-    """Return the visits of one round, a list of (parameter, indices, sigma).
+def visits(network, settings, sigma):
+    """Return the visits of one round, a list of (parameter, indices, sigma_d).
 
     Parameters
     ----------
     network : Network
     settings : Preset
-    rng : Generator
-        Drawn from by `sigma="pooled"` only.
+    sigma : dict
+        sigma_d of every parameter, see `sigmas`.
 
     Returns
     -------
     list of (Parameter, sequence of index, float or ndarray)
-        `parameter.value[index]` is what one trial changes, `sigma` the standard deviation of its
+        `parameter.value[index]` is what one trial changes, `sigma_d` the standard deviation of its
         step. With `unit="layer"` and `"network"` the parameter is the network's whole vector of
         weights and the index an array of positions in it.
     """
-    sigma = sigmas(network, settings.sigma, rng)
     order = visiting_order(network, settings.order, settings.trained)
     if settings.unit == "weight":
         return [(p, weight_indices(p, settings.order), sigma[str(p)]) for p in order]
@@ -45,6 +44,12 @@ def visits(network, settings, rng):
         )
         for name, group in groups.items()
     ]
+
+
+def n_visits(network, settings):
+    """Return the number of trials in one round."""
+    nothing = {str(p): 0.0 for p in network.parameters()}
+    return sum(len(indices) for _, indices, _ in visits(network, settings, nothing))
 
 
 def visiting_order(network, order, trained):

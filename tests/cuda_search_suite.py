@@ -7,7 +7,7 @@ import pytest
 from numba import config
 
 from rso_numba import bench, bench_gpu, datasets, kernels, rso
-from rso_numba.evaluators import CudaForward, FullForward, cuda, evaluator
+from rso_numba.evaluators import CudaForward, FullForward, cuda, make_evaluator
 from rso_numba.kernels import formulas
 from rso_numba.kernels.cuda_device import LANES
 from rso_numba.layers import (
@@ -141,7 +141,7 @@ def test_little_memory_changes_no_decision(name, n, monkeypatch):
             made.append(CudaForward(network, memory=memory))
             return made[-1]
 
-        monkeypatch.setattr(rso, "evaluator", make)
+        monkeypatch.setattr(rso, "make_evaluator", make)
         _, stream = _search(name, n_batches=4)
         logs.append([])
         for trial in islice(stream, n):
@@ -227,11 +227,11 @@ def test_huge_steps_lose_or_win_as_in_full(step):
 def test_who_evaluates():
     chain, flat = _network("one_conv"), Network([Conv2D(3), Flatten(), Dense(3), ReLU()], (1, 2, 2), 3)
     by_pixel = Network([Conv2D(1), Flatten(), BatchNorm(), Dense(3)], (1, 2, 2), 3)
-    assert isinstance(evaluator("delta", chain, "cuda", 0.0), CudaForward)
+    assert isinstance(make_evaluator("delta", chain, "cuda", 0.0), CudaForward)
     for network, evaluation, unit in (
             (chain, "full", "weight"), (chain, "delta", "layer"), (flat, "delta", "weight"),
             (by_pixel, "delta", "weight")):
-        judge = evaluator(evaluation, network, "cuda", 0.0, unit)
+        judge = make_evaluator(evaluation, network, "cuda", 0.0, unit)
         assert isinstance(judge, FullForward) and judge.kernels is kernels.backend("cuda")
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rso_numba import datasets, models, rso
-from rso_numba.evaluators import DeltaForward, FullForward, evaluator
+from rso_numba.evaluators import DeltaForward, FullForward, make_evaluator
 from rso_numba.evaluators import delta as delta_module
 from rso_numba.kernels import changes, cpu, products, softmax
 from rso_numba.kernels.tails import no_tail
@@ -242,8 +242,8 @@ def test_convolution_and_average_pool_in_one(shape, strip, rng, monkeypatch):
 
 def test_what_delta_evaluation_cannot_do():
     network = build("one_conv", (1, 8, 8))
-    assert isinstance(evaluator("delta", network, "cpu", 0.0), DeltaForward)
-    assert isinstance(evaluator("delta", network, "numpy", 0.0), FullForward)
-    assert isinstance(evaluator("delta", network, "cpu", 0.0, unit="layer"), FullForward)
+    assert isinstance(make_evaluator("delta", network, "cpu", 0.0), DeltaForward)
+    assert isinstance(make_evaluator("delta", network, "numpy", 0.0), FullForward)
+    assert isinstance(make_evaluator("delta", network, "cpu", 0.0, unit="layer"), FullForward)
     with pytest.raises(ValueError, match="does not end in a dense layer; use evaluation='full'"):
         DeltaForward(Network([Conv2D(3), Flatten(), Dense(3), ReLU()], (1, 2, 2), 3))

@@ -184,13 +184,17 @@ def test_order_first_last_is_the_networks():
     assert visiting_order(network, "first_last", PRESETS["paper"].trained) == network.parameters()
 
 
+def visits_of(network, settings):
+    return visits(network, settings, sigmas(network, settings.sigma, np.random.default_rng(0)))
+
+
 def test_trained_parameters():
     for preset, n_trained in (("paper", 7890), ("notebook", 7890), ("authors", 7890 - 4 - 10)):
         settings = PRESETS[preset]
-        parts = visits(build("one_conv", rng=0), settings, np.random.default_rng(0))
+        parts = visits_of(build("one_conv", rng=0), settings)
         assert sum(len(indices) for _, indices, _ in parts) == n_trained
     settings = PRESETS["authors"]
-    parts = visits(build("paper_mnist", rng=0), settings, None)
+    parts = visits_of(build("paper_mnist", rng=0), settings)
     assert sum(len(indices) for _, indices, _ in parts) == 12016
 
 
@@ -258,7 +262,7 @@ def test_units(small, unit, n_trials):
 def test_a_larger_unit_takes_each_weights_own_sigma():
     network = build("one_conv", rng=0)
     settings = resolve("authors", unit="network")
-    [(parameter, [positions], sigma)] = visits(network, settings, None)
+    [(parameter, [positions], sigma)] = visits_of(network, settings)
     own = sigmas(network, settings.sigma, None)
     assert parameter.value is network.weights
     assert sorted(positions) == [*range(36), *range(40, 7880)]  # no biases

@@ -8,8 +8,8 @@ Every evaluator has the same three methods, and the search loop never knows whic
   `parameter.value[index]`, the first of which is the weight as it is, float64;
 * `keep(parameter, index, value)`: this value stays.
 
-One that would have to wait long for each answer may have a fourth, `decide(draws, decay)`, which does what
-`_decide` in `rso.py` does, many trials at a time.
+One that would have to wait long for each answer may have a fourth, `decide(search, decay)`: it runs the
+search with a `Recorder`, which notes what is asked and answers nothing, and decides many trials at a time.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ import contextlib
 from .. import kernels
 from .full import FullForward
 
-__all__ = ["CudaForward", "DeltaForward", "FullForward", "evaluator"]  # noqa: F822  (see __getattr__)
+__all__ = ["CudaForward", "DeltaForward", "FullForward", "make_evaluator"]  # noqa: F822  (see __getattr__)
 
 EVALUATIONS = ("delta", "full")
 
 
-def evaluator(evaluation, network, backend, momentum, unit="weight"):
+def make_evaluator(evaluation, network, backend, momentum, unit="weight"):
     """Return the evaluator for a search.
 
     Parameters

@@ -43,6 +43,7 @@ from ..kernels.cuda_last import WHERE
 from ..layers import Pass
 from .cuda_plans import DeviceStage, Plan, start_all
 from .cuda_slots import Slots
+from .recorder import recorded
 from .stages import cut
 
 GROUP = 256  # trials between two reads
@@ -139,44 +140,45 @@ class CudaForward:
 
     # ---- the search ----
 
-    def decide(self, draws, decay):
-        """Decide trials on the GPU, in groups.
+    def decide(self, search, decay):
+        """Decide the trials of a search on the GPU, in groups.
 
         Parameters
         ----------
-        draws : iterator
-            Of objects with attributes round, parameter, index, batch (None where the last one is held) and
-            delta, in the order of the search. Up to a group of them is taken before the first is decided.
+        search : function
+            Of an evaluator; returns an iterator of `Trial`. It runs with a `Recorder`: up to a group of
+            trials is taken from it before the first of them is decided.
         decay : float32
             What each weight is multiplied with before its visit.
 
         Yields
         ------
-        draw, losses (list of float), choice (0: keep, 1: plus, 2: minus), before, after
+        Trial
             As they are yielded, the weights are written into the network.
         """
         group, where, deltas = [], np.empty((GROUP, WHERE), np.int64), np.empty(GROUP, np.float32)
-        for draw in draws:
-            if draw.batch is not None:
-                self.set_batch(*draw.batch)
-            if group and self._ends(group, draw):
+        for trial, parameter, batch in recorded(search):
+            if batch is not None:
+                self.set_batch(*batch)
+            if group and self._ends(group, trial, parameter):
                 yield from self._read(group, where, deltas, decay)
                 group = []
-            trial, position = len(group), self._begin(draw.parameter, draw.index, is_first=not group)
+            n, position = len(group), self._begin(parameter, trial.index, is_first=not group)
             if self.slots:
-                k, j = draw.index if len(draw.index) == 2 else (*draw.index, self.stages[-1].n_in)
-                where[trial] = position, k, j, self._slot(), len(self.batch.labels)
-                deltas[trial] = draw.delta
+                index = trial.index
+                k, j = index if len(index) == 2 else (*index, self.stages[-1].n_in)
+                where[n] = position, k, j, self._slot(), len(self.batch.labels)
+                deltas[n] = trial.delta
             else:
-                self._trial(trial, position, draw.delta, decay)
-            group.append(draw)
+                self._trial(n, position, trial.delta, decay)
+            group.append((trial, parameter))
         if group:
             yield from self._read(group, where, deltas, decay)
 
-    def _ends(self, group, draw):
-        """Return whether a group has to be read before the trial of `draw`."""
-        last = group[-1]
-        return (len(group) == GROUP or draw.round != last.round or draw.parameter is not last.parameter
+    def _ends(self, group, trial, parameter):
+        """Return whether a group has to be read before `trial`."""
+        last, last_parameter = group[-1]
+        return (len(group) == GROUP or trial.round != last.round or parameter is not last_parameter
                 or bool(self.slots and not self.slots.has_room(self.key, self._n_blocks())))
 
     def _read(self, group, where, deltas, decay):
@@ -189,12 +191,12 @@ class CudaForward:
         records = to_host(self.records)[:n]
         self._read_running()
         values = records[:, [BEFORE, AFTER]].astype(np.float32)
-        for draw, (_, after) in zip(group, values, strict=True):
-            self.known_value[str(draw.parameter)][draw.index] = after
-        for draw, record, (before, after) in zip(group, records, values, strict=True):
-            draw.parameter.value[draw.index] = after
+        for (trial, parameter), (_, after) in zip(group, values, strict=True):
+            self.known_value[str(parameter)][trial.index] = after
+        for (trial, parameter), record, (before, after) in zip(group, records, values, strict=True):
+            parameter.value[trial.index] = after
             losses = record[LOSSES : LOSSES + N_CANDIDATES].tolist()
-            yield draw, losses, int(record[CHOICE]), before, after
+            yield trial.decided(losses, int(record[CHOICE]), before, after)
 
     def _begin(self, parameter, index, is_first=True):
         """Prepare for a trial of a weight; return its place in the vector of weights.
