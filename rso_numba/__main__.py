@@ -94,7 +94,7 @@ def parser():
     option("--seed", type=int, default=0, metavar="N",
            help="of all random numbers, 0 or larger (default: %(default)s)")
     option("--backend", default="cpu", metavar="NAME",
-           help=f"what computes, {names(kernels.CHOICES)} (default: %(default)s)")
+           help=f"what computes, {names(kernels.BACKEND_CHOICES)} (default: %(default)s)")
     option("--threads", type=int, metavar="N", help="threads of the cpu backend (default: all cores)")
     option("--out", default="rso-out", metavar="FOLDER",
            help="folder for the files, made if need be (default: %(default)s)")
@@ -142,13 +142,13 @@ def bench(arguments):
     if arguments.quick:
         data = data.subset(512, 64, arguments.seed)
     chosen = list(benchmark.CONFIGURATIONS) if arguments.model == "all" else [arguments.model]
-    plan = benchmark.QUICK if arguments.quick else benchmark.Plan()
+    effort = benchmark.QUICK if arguments.quick else benchmark.Effort()
     threads, rows = numba.get_num_threads(), []
     own = arguments.seed, arguments.batch_size, arguments.preset
     if arguments.backend == "cuda":
-        groups = bench_gpu.run(chosen, data, plan, *own)
+        groups = bench_gpu.run(chosen, data, effort, *own)
     else:
-        groups = benchmark.run(chosen, data, threads, plan, *own)
+        groups = benchmark.run(chosen, data, threads, effort, *own)
     try:
         for group in groups:
             rows += group
@@ -272,17 +272,18 @@ def _threading_layer():
 
 
 def _cache_folder():
-    for function in vars(kernels.backend("cpu")).values():
-        stats = getattr(function, "stats", None)  # formulas have it too, but only kernels are cached
-        if stats is not None and stats.cache_path is not None:
-            return stats.cache_path
+    from .kernels.cpu.layout import pack_blocks  # one kernel of many: all are cached in the same place
+
+    stats = getattr(pack_blocks, "stats", None)
+    if stats is not None and stats.cache_path is not None:
+        return stats.cache_path
     return "not kept: no folder can be written"
 
 
 def _gpu():
     if problem := kernels.gpu_problem():
         return f"the cuda backend cannot run: {problem}"
-    from .kernels.cuda_device import device_name
+    from .kernels.cuda.device import device_name
 
     return f"the cuda backend works: {device_name()}"
 

@@ -8,6 +8,7 @@ losses and the decision. Slow ways are timed on a few weights of every parameter
 import sys
 import timeit
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter, sleep
 
 import numba
@@ -31,7 +32,7 @@ NO_TORCH = "skipped: PyTorch is not installed; pip install 'rso_numba[bench]'"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Effort:
     """How much is measured."""
 
     few: int = 3  # weights of every parameter, for slow evaluations
@@ -44,7 +45,7 @@ class Plan:
     rest: float = 0.3  # seconds before every measurement, in which threads of the last one stop spinning
 
 
-QUICK = Plan(few=1, many=6, whole=(), sgd_steps=2, images=64, matrix=256, rest=0.05)
+QUICK = Effort(few=1, many=6, whole=(), sgd_steps=2, images=64, matrix=256, rest=0.05)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,12 @@ class Job:
     def network(self):
         """Return a network with the initial weights, the same at each call."""
         return models.build(self.model, self.data.image_shape, self.data.n_classes, self.seed, self.preset)
+
+    def fixed_images(self):
+        """Return the images whose statistics the preset fixes before the searched layer, or None."""
+        if presets.resolve(self.preset).search_statistics == "batch":
+            return None
+        return self.data.train_images[: rso.CALIBRATION_IMAGES]
 
     def small(self):
         """Return the same configuration with two mini-batches of few images."""
@@ -99,7 +106,7 @@ def our_sgd(network, data, batch_size, rng):
     return sgd.train(network, data, 1, batch_size, LEARNING_RATE, rng=rng).seconds
 
 
-def first(n):
+def first_n(n):
     """Return a choice of indices: the first n of a parameter, or all of them if n is None."""
     return lambda parameter, indices: indices[:n]
 
@@ -147,9 +154,9 @@ class Visit:
 def timed_visits(job, choose, evaluator_of=None, rounds=1, **arguments):
     """Run the chosen trials of some rounds; return a dict of `Visit` by parameter.
 
-    `evaluator_of` makes an evaluator that `rso.trials` does not know, from a network; `arguments` go to
-    `rso.trials`. One trial more than was chosen begins each round and is not counted: sigma, the order of
-    the visits and the partition of the data are made in the first.
+    `evaluator_of` makes an evaluator that `rso.trials` does not know; `arguments` go to `rso.trials`. One
+    trial more than was chosen begins each round and is not counted: sigma, the order of the visits and the
+    partition of the data are made in the first.
     """
     network, timed = job.network(), {}
 
@@ -164,7 +171,7 @@ def timed_visits(job, choose, evaluator_of=None, rounds=1, **arguments):
     def clock():
         return perf_counter() - getattr(evaluator, "not_counted", 0.0)
 
-    evaluator = evaluator_of(network) if evaluator_of else None
+    evaluator = evaluator_of(network, fixed_images=job.fixed_images()) if evaluator_of else None
     stream = rso.trials(network, job.data, rounds, job.batch_size, job.preset, evaluator=evaluator,
                         visits=chosen_visits, rng=np.random.default_rng([job.seed, 1]), **arguments)
     last = next(stream)
@@ -183,19 +190,19 @@ def kernels_loaded():
     modules = [module for name, module in list(sys.modules.items()) if name.startswith(f"{__package__}.")]
     stats = {id(f): f.stats for module in modules for f in vars(module).values() if hasattr(f, "stats")}
     counts = [(sum(s.cache_hits.values()), sum(s.cache_misses.values())) for s in stats.values()]
-    return np.sum(counts, axis=0, dtype=int)
+    return np.sum([(0, 0), *counts], axis=0, dtype=int)
 
 
-def search_row(job, plan, what, choose, evaluator_of=None, evaluation="full", **arguments):
+def search_row(job, effort, what, choose, evaluator_of=None, evaluation="full", **arguments):
     """Compare the losses of one way of evaluation with FullForward's, then time it; return its Row."""
     loaded, begin = kernels_loaded(), perf_counter()
-    mine = timed_visits(job.small(), first(2), evaluator_of, evaluation=evaluation, **arguments)
+    mine = timed_visits(job.small(), first_n(2), evaluator_of, evaluation=evaluation, **arguments)
     first_calls, (from_cache, compiled) = perf_counter() - begin, (kernels_loaded() - loaded).tolist()
-    expected = timed_visits(job.small(), first(2), evaluation="full", **arguments)
+    expected = timed_visits(job.small(), first_n(2), evaluation="full", **arguments)
     for name, visit in mine.items():
         np.testing.assert_allclose(visit.losses, expected[name].losses, rtol=1e-4, err_msg=f"{what}, {name}")
-    sleep(plan.rest)
-    rounds = plan.rounds if evaluation == "delta" and job.model in plan.whole else 1
+    sleep(effort.rest)
+    rounds = effort.rounds if evaluation == "delta" and job.model in effort.whole else 1
     timed = timed_visits(job, choose, evaluator_of, rounds, evaluation=evaluation, **arguments)
     n, n_timed = sum(v.n_weights for v in timed.values()), sum(len(v.seconds) for v in timed.values())
     n_first, block, held = 0, 1, "hold" in arguments
@@ -215,22 +222,23 @@ def search_row(job, plan, what, choose, evaluator_of=None, evaluation="full", **
     return Row(configuration, what, sum(totals.values()) / n, "s/weight", measured, detail=detail)
 
 
-def search_rows(job, plan):
+def search_rows(job, effort):
     """Return the rows of RSO in one configuration."""
-    few, many = spread(plan.few), first(None if job.model in plan.whole else plan.many)
-    rows = [search_row(job, plan, "FullForward", few),
-            search_row(job, plan, "DeltaForward", many, evaluation="delta")]
+    few, many = spread(effort.few), first_n(None if job.model in effort.whole else effort.many)
+    rows = [search_row(job, effort, "FullForward", few),
+            search_row(job, effort, "DeltaForward", many, evaluation="delta")]
     if job.model == "paper_mnist" and presets.resolve(job.preset).order != "column_major":
-        rows += [search_row(job, plan, "DeltaForward", filters(plan.many), evaluation="delta", hold="filter")]
+        held = filters(effort.many)
+        rows += [search_row(job, effort, "DeltaForward", held, evaluation="delta", hold="filter")]
     if job.model == "paper_mnist" and (threads := numba.get_num_threads()) > 1:
         numba.set_num_threads(1)
-        rows += [search_row(job, plan, "DeltaForward, 1 thread", many, evaluation="delta")]
+        rows += [search_row(job, effort, "DeltaForward, 1 thread", many, evaluation="delta")]
         numba.set_num_threads(threads)
         rows[-1].measured += f"; {threads} threads are {rows[-1].value / rows[1].value:.2f} x as fast"
     if torch_or_none() is None:
         return rows + [Row(str(job), what, None, "s/weight", NO_TORCH) for what in (THREE_PASSES, CACHED)]
-    rows += [search_row(job, plan, THREE_PASSES, few, TorchForward),
-             search_row(job, plan, CACHED, few, lambda network: TorchForward(network, cached=True))]
+    rows += [search_row(job, effort, THREE_PASSES, few, TorchForward),
+             search_row(job, effort, CACHED, few, partial(TorchForward, cached=True))]
     rows[-1].measured += ", without making that input"
     return compared(rows, rows[-2])
 
@@ -243,10 +251,10 @@ def compared(rows, peer):
     return rows
 
 
-def sgd_rows(model, data, batch_size, plan, seed):
+def sgd_rows(model, data, batch_size, effort, seed):
     """Return the rows of an epoch of SGD, here and by PyTorch."""
     n = len(data.train_images)
-    n_timed, rows, ends = n if model in plan.whole else min(n, plan.sgd_steps * batch_size), [], []
+    n_timed, rows, ends = n if model in effort.whole else min(n, effort.sgd_steps * batch_size), [], []
     small, part = data.subset(min(n, 2 * batch_size), 1, seed), data.subset(n_timed, 1, seed)
     measured = "whole epoch" if n_timed == n else f"sampled {n_timed:,} of {n:,} images"
     for what, train in (("SGD", our_sgd), ("SGD, PyTorch", torch_sgd)):
@@ -257,47 +265,50 @@ def sgd_rows(model, data, batch_size, plan, seed):
         train(networks[0], small, batch_size, seed)  # the first call of everything
         ends.append(networks[0].weights)
         np.testing.assert_allclose(ends[-1], ends[0], rtol=1e-4, atol=1e-6, err_msg=f"{what}, {model}")
-        sleep(plan.rest)
+        sleep(effort.rest)
         rows[-1].value = train(networks[1], part, batch_size, seed) * n / n_timed
         rows[-1].measured, rows[-1].peak_mib = measured, peak_mib()
     return compared(rows, rows[1])
 
 
-def rate_row(plan, name, what, operations, function, *arguments):
-    """Return the row of the median rate of a function's calls: as many as last `plan.rest`, seven or more."""
+def rate_row(effort, name, what, operations, function, *arguments):
+    """Return the row of the median rate of a function's calls: as many as fit `effort.rest`, at least 7."""
     timer = timeit.Timer(lambda: function(*arguments))
-    sleep(plan.rest)  # after which a processor takes milliseconds to reach its full clock
-    seconds = timer.repeat(max(7, int(plan.rest / timer.repeat(2, 1)[1])), 1)
+    sleep(effort.rest)  # after which a processor takes milliseconds to reach its full clock
+    seconds = timer.repeat(max(7, int(effort.rest / timer.repeat(2, 1)[1])), 1)
     return Row(name, what, float(operations / np.median(seconds) / 1e9), "GFLOP/s", f"{len(seconds)} calls")
 
 
-def kernel_rows(plan, seed):
+def kernel_rows(effort, seed):
     """Return the rows of the 3x3 convolution of 16 to 16 channels, against NumPy's sgemm."""
+    from .kernels.cpu.convolution import conv2d_before_norm
+
     rng, torch, k = np.random.default_rng(seed), torch_or_none(), kernels.backend("cpu")
-    a = rng.standard_normal((plan.matrix, plan.matrix), np.float32)
-    rows = [rate_row(plan, f"sgemm {plan.matrix}", "NumPy", 2 * plan.matrix**3, np.matmul, a, a)]
+    a = rng.standard_normal((effort.matrix, effort.matrix), np.float32)
+    rows = [rate_row(effort, f"sgemm {effort.matrix}", "NumPy", 2 * effort.matrix**3, np.matmul, a, a)]
     weight, bias = rng.standard_normal((16, 16, 3, 3), np.float32), np.zeros(16, np.float32)
     for size in (28, 14, 7):
-        images = rng.standard_normal((plan.images, 16, size, size), np.float32)
-        name, operations = f"conv 3x3 16->16, {plan.images} of {size}x{size}", 2 * 9 * 16 * images.size
+        images = rng.standard_normal((effort.images, 16, size, size), np.float32)
+        name, operations = f"conv 3x3 16->16, {effort.images} of {size}x{size}", 2 * 9 * 16 * images.size
         x = k.pack(images)
-        rows.append(rate_row(plan, name, "conv2d_forward", operations, k.conv2d_forward, x, weight, bias))
-        quick = x, weight, bias, False  # its fewer multiplications count as those of the direct sums
-        rows.append(rate_row(plan, name, "conv2d, Winograd", operations, k.conv2d_forward, *quick))
+        rows.append(rate_row(effort, name, "conv2d_forward", operations, k.conv2d_forward, x, weight, bias))
+        # its fewer multiplications count as those of the direct sums
+        quick = conv2d_before_norm, x, weight, bias
+        rows.append(rate_row(effort, name, "conv2d, Winograd", operations, *quick))
         if torch is None:
             rows.append(Row(name, "PyTorch", None, "GFLOP/s", NO_TORCH))
             continue
         peer = torch.nn.functional.conv2d, *map(torch.from_numpy, (images, weight, bias)), 1, 1
-        for arguments in (quick[:3], quick):
-            y = k.unpack(k.conv2d_forward(*arguments), len(images))
+        for convolution in (k.conv2d_forward, conv2d_before_norm):
+            y = k.unpack(convolution(x, weight, bias), len(images))
             np.testing.assert_allclose(y, peer[0](*peer[1:]), rtol=1e-4, atol=1e-4, err_msg=name)
-        rows.append(rate_row(plan, name, "PyTorch", operations, *peer))
+        rows.append(rate_row(effort, name, "PyTorch", operations, *peer))
     for row in rows:
         row.relative, row.against = row.value and row.value / rows[0].value, "sgemm"
     return rows
 
 
-def run(chosen, data, threads, plan, seed=0, batch_size=None, preset=None):
+def run(chosen, data, threads, effort, seed=0, batch_size=None, preset=None):
     """Yield lists of `Row` as they are measured.
 
     `chosen` are names in `CONFIGURATIONS`; `threads` those of Numba and PyTorch (NumPy's sgemm takes as
@@ -309,7 +320,7 @@ def run(chosen, data, threads, plan, seed=0, batch_size=None, preset=None):
     for model in chosen:
         own_batch_size, own_preset, sgd_model = CONFIGURATIONS[model]
         size = batch_size or min(own_batch_size, len(data.train_images) // 2)
-        yield search_rows(Job(model, data, size, preset or own_preset, seed), plan)
+        yield search_rows(Job(model, data, size, preset or own_preset, seed), effort)
         for sgd_batch_size in SGD_BATCH_SIZES:
-            yield sgd_rows(sgd_model, data, sgd_batch_size, plan, seed)
-    yield kernel_rows(plan, seed)
+            yield sgd_rows(sgd_model, data, sgd_batch_size, effort, seed)
+    yield kernel_rows(effort, seed)

@@ -11,9 +11,9 @@ from time import perf_counter
 import numpy as np
 
 from . import bench, presets, rso
-from .evaluators.stages import cut
-from .kernels.tails import pooled_shape
-from .layers import Dense
+from .evaluators.graph import Graph
+from .evaluators.kinds import Kinds
+from .kernels.formulas import NO_POOL
 from .visits import sigmas, visits
 
 BYTES = 4  # of a float32
@@ -22,64 +22,68 @@ N_CANDIDATES = 3
 
 @dataclass
 class Size:
-    """What a stage costs for one image."""
+    """What a node of a `Graph` costs for one image."""
 
-    multiply_adds: int  # of its mixing layer
-    n_in: int  # numbers that enter
-    n_out: int  # numbers that the mixing layer makes
-    n_channels: int  # of those
-    n_left: int  # numbers after the channelwise layers
-
-
-def sizes(network):
-    """Return the `Size` of each stage of a network."""
-    shape, shapes = network.image_shape, {}
-    for layer in network.layers:
-        shapes[layer.name], shape = shape, layer.output_shape(shape)
-    found = []
-    for stage in cut(network)[1]:
-        shape, filters, after = shapes[stage.mixing.name], stage.mixing.weight, (1, 1)
-        if not isinstance(stage.mixing, Dense):
-            after = shape[1] // stage.step, shape[2] // stage.step
-        taps = filters[0].size
-        if stage.step == 2:  # merged with the pool that follows, see `delta.md`
-            taps = len(filters[0]) * (filters.shape[2] + 1) ** 2
-        out = (len(filters), *after)
-        found.append(Size(math.prod(out) * taps, math.prod(shape), math.prod(out), len(filters),
-                          math.prod(pooled_shape(out, stage.pool))))
-    return found
+    multiply_adds: int  # of its linear layer
+    n_in: int  # numbers that enter that
+    n_out: int  # numbers that the node holds
+    n_left: int  # numbers that its epilogues make
 
 
-def trial_cost(found, d):
-    """Return multiply-adds and numbers moved, of one image in one trial of a weight of stage d."""
-    if d == len(found) - 1:  # three logits; all of them and one feature are read
-        return N_CANDIDATES, found[d].n_channels + 1
-    own, following, later = found[d], found[d + 1], found[d + 2 :]
-    k = own.n_channels
-    multiply_adds = (own.multiply_adds + following.multiply_adds) // k + sum(s.multiply_adds for s in later)
-    # what one kernel writes another one reads; beside that, the stage's input, and what other channels add
-    moved = 2 * (own.n_out + own.n_left) // k + sum(2 * (s.n_out + s.n_left) for s in found[d + 1 : -1])
-    moved += 2 * found[-1].n_out
-    return N_CANDIDATES * multiply_adds, N_CANDIDATES * moved + own.n_in + following.n_out
+def sizes(graph):
+    """Return the `Size` of each node of a graph, a dict."""
+    return {node: size_of(node) for node in graph.nodes}
+
+
+def size_of(node):
+    """Return the `Size` of a node."""
+    n_out, taps, n_in = math.prod(node.shape), 0, 0
+    if node.linear:
+        filters, n_in = node.linear.weight, math.prod(node.input.shape)
+        # with step 2 merged with the pool that follows, see `delta.md`
+        taps = filters[0].size if node.step == 1 else len(filters[0]) * (filters.shape[2] + 1) ** 2
+    left = [edge for edge in node.outputs if edge.norm or edge.relu or edge.pool != NO_POOL]
+    return Size(n_out * taps, n_in, n_out, sum(math.prod(edge.shape) for edge in left))
+
+
+def trial_cost(found, kinds):
+    """Return multiply-adds and numbers moved, of one image in one trial of a weight of a node."""
+    node, last = kinds.node, kinds.last
+    if node is last:  # three logits; all of them and one feature are read
+        return N_CANDIDATES, found[last].n_out + 1
+    # of these nodes one channel is computed
+    multiply_adds = found[node].multiply_adds // node.shape[0]
+    moved = sum(2 * (found[one].n_out + found[one].n_left) // one.shape[0] for one in kinds.one)
+    # what one kernel writes another one reads; beside that, the node's input, and what other channels add
+    read = found[node].n_in
+    for later in kinds.all:
+        size = found[later]
+        if later in kinds.spread:
+            multiply_adds += size.multiply_adds // later.input.source.shape[0]
+        elif later.input and later.input.source in kinds.all:
+            multiply_adds += size.multiply_adds
+        moved += 2 * (size.n_out + size.n_left)
+        read += size.n_out if kinds.base_edges[later] else 0
+    return N_CANDIDATES * multiply_adds, N_CANDIDATES * moved + read
 
 
 def floors(job, peaks):
     """Return the seconds that a round takes at least, for arithmetic and for memory."""
     network = job.network()
-    found, stages = sizes(network), cut(network)[1]
-    stage_of = {layer.name: d for d, stage in enumerate(stages) for layer in (stage.mixing, *stage.layers)}
-    total = np.zeros(2)
+    graph = Graph(network)
+    found, total = sizes(graph), np.zeros(2)
     settings = presets.resolve(job.preset)
     sigma = sigmas(network, settings.sigma, np.random.default_rng(0))
     for parameter, indices, _ in visits(network, settings, sigma):
-        total += np.array(trial_cost(found, stage_of[parameter.layer])) * len(indices)
+        cost = trial_cost(found, Kinds(graph, graph.node_of[parameter.layer]))
+        total += np.array(cost) * len(indices)
     multiply_adds, numbers = total * job.batch_size
     return multiply_adds / peaks[0], numbers * BYTES / peaks[1]
 
 
-def delta_row(job, plan, peaks, **settings):
+def delta_row(job, effort, peaks, **settings):
     """Compare losses with FullForward's, then time a whole round of the search on the GPU; return its Row."""
-    small = [bench.timed_visits(job.small(), bench.first(2), evaluation=evaluation, backend="cuda",
+    small = [bench.timed_visits(job.small(), bench.first_n(2), evaluation=evaluation, backend="cuda",
                                 **settings) for evaluation in ("delta", "full")]
     for name, visit in small[0].items():
         np.testing.assert_allclose(visit.losses, small[1][name].losses, rtol=1e-4, err_msg=name)
@@ -100,21 +104,22 @@ def delta_row(job, plan, peaks, **settings):
         peak_multiply_adds=peaks[0], peak_bytes=peaks[1]))
 
 
-def run(chosen, data, plan, seed=0, batch_size=None, preset=None, peaks=None):
+def run(chosen, data, effort, seed=0, batch_size=None, preset=None, peaks=None):
     """Yield lists of `bench.Row` as they are measured; arguments as of `bench.run`.
 
     `peaks` are multiply-adds and bytes in a second, by default those of the GPU.
     """
     if peaks is None:
-        from .kernels.cuda_device import peaks as peaks_of_device
+        from .kernels.cuda.device import peaks as peaks_of_device
 
         peaks = peaks_of_device()
     for model in chosen:
         own_batch_size, own_preset, _ = bench.CONFIGURATIONS[model]
         size = batch_size or min(own_batch_size, len(data.train_images) // 2)
         job = bench.Job(model, data, size, preset or own_preset, seed)
-        rows = [bench.search_row(job, plan, "FullForward on the GPU", bench.spread(plan.few), backend="cuda"),
-                delta_row(job, plan, peaks)]
+        few = bench.spread(effort.few)
+        rows = [bench.search_row(job, effort, "FullForward on the GPU", few, backend="cuda"),
+                delta_row(job, effort, peaks)]
         if model == "paper_mnist" and presets.resolve(job.preset).order != "column_major":
-            rows.append(delta_row(job, plan, peaks, hold="filter"))
+            rows.append(delta_row(job, effort, peaks, hold="filter"))
         yield bench.compared(rows, rows[0])

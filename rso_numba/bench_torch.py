@@ -33,8 +33,9 @@ def torch_layers():
         "Standardize": standardize,
         "Conv2D": lambda layer, w, x: f.conv2d(x, w["weight"], w.get("bias"), padding=layer.size // 2),
         "Dense": lambda layer, w, x: f.linear(x, w["weight"], w.get("bias")),
-        "BatchNorm": lambda layer, w, x: f.batch_norm(
-            x, None, None, w["gamma"], w["beta"], training=True, eps=layer.epsilon),
+        "BatchNorm": lambda layer, w, x, *fixed: f.batch_norm(
+            x, *(map(torch.from_numpy, fixed) if fixed else (None, None)), w["gamma"], w["beta"],
+            training=not fixed, eps=layer.epsilon),
         "ReLU": lambda layer, w, x: f.relu(x),
         "MaxPool": lambda layer, w, x: f.max_pool2d(x, 2),
         "AvgPool": lambda layer, w, x: f.avg_pool2d(x, 2),
@@ -51,8 +52,8 @@ class TorchForward(FullForward):
     that layer takes `not_counted` seconds in all.
     """
 
-    def __init__(self, network, cached=False):
-        super().__init__(network)
+    def __init__(self, network, fixed_images=None, cached=False):
+        super().__init__(network, fixed_images=fixed_images)
         self.torch, self.cached, self.not_counted = torch_or_none(), cached, 0.0
         self.layers = [
             (layer, {name: self.torch.from_numpy(getattr(layer, name)) for name in layer.parameter_names})
@@ -64,10 +65,14 @@ class TorchForward(FullForward):
     def propagate(self, x, start=0, stop=None):
         """Return what the layers from `start` to before `stop` make of x."""
         for layer, weights in self.layers[start:stop]:
-            x = torch_layers()[type(layer).__name__](layer, weights, x)
+            fixed = (layer.running_mean, layer.running_variance) if layer.name in self.fixed else ()
+            x = torch_layers()[type(layer).__name__](layer, weights, x, *fixed)
         return x
 
     def losses(self, parameter, index, candidates):
+        begin = perf_counter()
+        self.fix_statistics(parameter.layer)
+        self.not_counted += perf_counter() - begin
         before, losses = parameter.value[index].copy(), np.empty(len(candidates))
         start = [layer.name for layer, _ in self.layers].index(parameter.layer) if self.cached else 0
         with self.torch.no_grad():

@@ -1,6 +1,7 @@
 """The comparison that `rso-numba compare` runs: one network trained by RSO, its twin by SGD."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,9 +72,8 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
 
     Notes
     -----
-    Ctrl-C during the training raises nothing: what was learnt so far is written and returned, and
-    `Comparison.interrupted` says where the training stopped. It is also written before a GpuError, such as
-    of full memory, is raised.
+    Ctrl-C during the training raises nothing: what was learnt so far is written and returned, see
+    `Comparison.interrupted`. It is also written before a GpuError is raised.
     """
     if seed < 0:
         raise ValueError(f"seed is {seed}; expected 0 or larger")
@@ -85,18 +85,15 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     rso.trials(networks["rso"], data, rounds, batch_size, settings, backend=backend)
     Path(out).mkdir(parents=True, exist_ok=True)
     before = first_filters(networks["rso"]).copy()
-    # these three run on copies, or change nothing, and compile every kernel before the clocks start; a search
-    # begins in the last layer, which has kernels of its own
-    scan = example_trial(networks["rso"], data, batch_size, settings, backend, seed)
-    next(rso.trials(_copy(networks["rso"], settings), data, 1, batch_size, settings, backend=backend, rng=0))
+    scan = _first_calls(networks, data, batch_size, settings, backend, seed)
     title = f"{data.name}: {model}, {networks['rso'].n_weights:,} weights"
-    sgd.gradients(networks["sgd"], data.train_images[:2], data.train_labels[:2], backend)
+    # SGD first: it takes a moment, and an interrupted search then has something to compare with
+    trainings = {
+        "sgd": partial(sgd.train, networks["sgd"], data, sgd_epochs, sgd_batch_size, learning_rate, momentum),
+        "rso": partial(rso.train, networks["rso"], data, rounds, batch_size, settings)}
     try:
-        # SGD first: it takes a moment, and an interrupted search then has something to compare with
-        sgd.train(networks["sgd"], data, sgd_epochs, sgd_batch_size, learning_rate, momentum,
-                  backend=backend, rng=_generator(seed), progress=progress, history=result.histories["sgd"])
-        rso.train(networks["rso"], data, rounds, batch_size, settings,
-                  backend=backend, rng=_generator(seed), progress=progress, history=result.histories["rso"])
+        for solver, train in trainings.items():
+            train(backend=backend, rng=_generator(seed), progress=progress, history=result.histories[solver])
     except KeyboardInterrupt:
         result.interrupted = _where(result)
         # BatchNorm's statistics at hand are of the round before
@@ -107,6 +104,15 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
         raise kernels.GpuError(f"{error}. {_where(result)}, in {out}") from error
     _write(result, Path(out), before, scan, title)
     return result
+
+
+def _first_calls(networks, data, batch_size, settings, backend, seed):
+    """Compile every kernel before the clocks start, on copies; return a scan to be drawn."""
+    scan = example_trial(networks["rso"], data, batch_size, settings, backend, seed)
+    # a search begins in the last layer, which has kernels of its own
+    next(rso.trials(_copy(networks["rso"], settings), data, 1, batch_size, settings, backend=backend, rng=0))
+    sgd.gradients(networks["sgd"], data.train_images[:2], data.train_labels[:2], backend)
+    return scan
 
 
 def _generator(seed):
@@ -202,9 +208,9 @@ def scan_weight(network, parameter, index, values, images, labels, backend="cpu"
     """
     images = check_images(images, network.image_shape)
     labels = check_labels(labels, network.n_classes, len(images))
-    judge = FullForward(network, backend)
-    judge.set_batch(images, labels)
-    return judge.losses(parameter, index, values)
+    evaluator = FullForward(network, backend)
+    evaluator.set_batch(images, labels)
+    return evaluator.losses(parameter, index, values)
 
 
 def _copy(network, preset):

@@ -1,63 +1,18 @@
 """The layers: parameters, forward and backward side by side.
 
 A layer holds its weights and knows two things, `forward` and `backward`; the arithmetic is done by
-the kernels of a backend (`kernels/plain.py`, `cpu.py` or `cuda.py`), which the `Pass` carries. Layers
-never look inside the activations: each backend lays them out in its own way, `cuda` on the GPU.
+the kernels of a backend (`kernels/plain.py`, `cpu/` or `cuda/`), which the `Pass` carries (`passes.py`).
+Layers never look inside the activations: each backend lays them out in its own way, `cuda` on the GPU.
 
-A network is a chain of layers. A skip connection fits the chain as a layer that holds two branches
-of layers and adds their outputs; `Network` finds their weights through `Layer.leaves`.
+A network is a chain of layers. A skip connection fits the chain as a layer, `Residual`, that holds two
+branches and adds their outputs; `Network` finds their weights through `Layer.leaves`.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 RUNNING_MOMENTUM = 0.1  # of BatchNorm's running statistics in training, as in the notebook
-
-
-@dataclass
-class Pass:
-    """What all layers are told in one pass through the network.
-
-    Parameters
-    ----------
-    kernels : module
-        The backend.
-    n_images : int
-        Number of images; the `cpu` and `cuda` backends pad their last block.
-    batch_statistics : bool
-        BatchNorm uses the statistics of these images instead of its stored ones.
-    momentum : float
-        How far BatchNorm moves its stored statistics to those of these images: 0 not at all,
-        1 replaces them.
-    statistics : dict
-        Mean and variance that each BatchNorm used, by layer name, filled by forward.
-    saved : dict or None
-        Where layers keep what their backward needs; None in passes that have no backward.
-    gradients : dict
-        Gradient of every parameter, by (layer name, parameter name), filled by backward.
-    first : Layer or None
-        Where backward ends: the first layer with weights, whose own input needs no gradient.
-    """
-
-    kernels: object
-    n_images: int
-    batch_statistics: bool = False
-    momentum: float = 0.0
-    statistics: dict = field(default_factory=dict)
-    saved: dict | None = None
-    gradients: dict = field(default_factory=dict)
-    first: object = None
-
-    def save(self, layer, *arrays):
-        """Keep `arrays` for the backward of `layer`, if there will be one."""
-        if self.saved is not None:
-            self.saved[layer.name] = arrays
-
-    def collect(self, layer, **gradients):
-        """Keep the gradients of the parameters that `layer` trains."""
-        for parameter in layer.parameter_names:
-            self.gradients[layer.name, parameter] = gradients[parameter]
 
 
 @dataclass(eq=False)
@@ -67,7 +22,8 @@ class Layer:
     name = ""  # "conv1", "conv2", ...: given by the network
     parameter_names = ()  # arrays that are trained, in the order they are declared
     buffer_names = ()  # arrays that belong to the layer but are not trained
-    mixes_channels = False  # does one input channel reach every output channel?
+    is_linear = False  # convolution or dense: every input channel reaches every output channel
+    in_shortcut = False  # does it stand in the shortcut of a Residual?
 
     def leaves(self, shape):
         """Yield (layer, input shape) of the layers that hold weights: this one, or those inside it."""
@@ -84,18 +40,14 @@ class Layer:
     def allocate_buffers(self, shape):
         """Create the buffers, for inputs of `shape`."""
 
-    def forward_channels(self, x, run, channels):
-        """Return the output channels of a layer that does not mix channels, from the same inputs.
-
-        x holds some channels only, `channels` (a slice) says which; BatchNorm takes their statistics
-        from x.
-        """
-        return self.forward(x, run)
-
     def description(self):
         """Return the arguments that make this layer anew, as a dict that JSON can hold."""
-        arguments = {f.name: getattr(self, f.name) for f in fields(self)}
+        arguments = {f.name: _description(getattr(self, f.name)) for f in fields(self)}
         return {"kind": type(self).__name__, **arguments}
+
+
+def _description(argument):
+    return [layer.description() for layer in argument] if isinstance(argument, list) else argument
 
 
 @dataclass(eq=False)
@@ -134,14 +86,13 @@ class Standardize(Layer):
 class Conv2D(Layer):
     """Convolution of stride 1: 3x3 filters on an input padded by zeros, or 1x1 filters.
 
-    Weights: `weight` (C_out, C_in, k, k), `bias` (C_out,). Without `exact_zeros`, which a BatchNorm behind it
-    makes useless (see `Network.steps`), there is a faster way.
+    Weights: `weight` (C_out, C_in, k, k), `bias` (C_out,).
     """
 
     filters: int
     size: int = 3
     use_bias: bool = True
-    mixes_channels = True
+    is_linear = True
 
     def __post_init__(self):
         if self.size not in (1, 3):
@@ -156,9 +107,9 @@ class Conv2D(Layer):
     def output_shape(self, shape):
         return (self.filters, *shape[1:])
 
-    def forward(self, x, run, exact_zeros=True):
+    def forward(self, x, run):
         run.save(self, x)
-        return run.kernels.conv2d_forward(x, self.weight, self.bias, exact_zeros=exact_zeros)
+        return run.kernels.conv2d_forward(x, self.weight, self.bias)
 
     def backward(self, dy, run):
         (x,) = run.saved[self.name]
@@ -176,7 +127,7 @@ class Dense(Layer):
 
     units: int
     use_bias: bool = True
-    mixes_channels = True
+    is_linear = True
 
     def __post_init__(self):
         self.parameter_names = ("weight", "bias") if self.use_bias else ("weight",)
@@ -206,8 +157,6 @@ class BatchNorm(Layer):
 
     The statistics are those of the mini-batch (`Pass.batch_statistics`) or the stored ones, which
     are a running average (momentum 0.1) or those of one chosen set (momentum 1, `calibrate`).
-    A ReLU that directly follows is done in the same pass over memory, `with_relu`, and both are left to a
-    convolution that is next, `lazy`: see `Network.steps`.
 
     Weights: `gamma` (C,), `beta` (C,). Buffers: `running_mean` (C,), `running_variance` (C,).
     """
@@ -223,14 +172,14 @@ class BatchNorm(Layer):
         self.running_mean = np.zeros(shape[0], np.float32)
         self.running_variance = np.ones(shape[0], np.float32)
 
-    def forward(self, x, run, with_relu=False, lazy=False):
+    def forward(self, x, run):
         mean, variance = self.running_mean, self.running_variance
-        if run.batch_statistics:
+        if run.batch_statistics and self.name not in run.fixed:
             mean, variance = run.kernels.batchnorm_statistics(x, run.n_images)
             self.follow(mean, variance, run.momentum)
         run.statistics[self.name] = mean, variance
         run.save(self, x, mean, variance)
-        return run.kernels.scale_shift(x, *self.scale_and_shift(mean, variance), with_relu, lazy)
+        return run.kernels.scale_shift(x, *self.scale_and_shift(mean, variance))
 
     def scale_and_shift(self, mean, variance, channels=slice(None)):
         """Return what each channel is multiplied with and what is added to it, (C,) arrays."""
@@ -243,15 +192,10 @@ class BatchNorm(Layer):
             self.running_mean += momentum * (mean - self.running_mean)
             self.running_variance += momentum * (variance - self.running_variance)
 
-    def forward_channels(self, x, run, channels):
-        mean, variance = run.statistics[self.name] = run.kernels.batchnorm_statistics(x, run.n_images)
-        return run.kernels.scale_shift(x, *self.scale_and_shift(mean, variance, channels))
-
-    def backward(self, dy, run, with_relu=False):
+    def backward(self, dy, run):
         x, mean, variance = run.saved[self.name]
-        relu = self.scale_and_shift(mean, variance) if with_relu else None
         dx, dgamma, dbeta = run.kernels.batchnorm_backward(
-            x, dy, mean, variance, self.gamma, self.epsilon, run.n_images, relu
+            x, dy, mean, variance, self.gamma, self.epsilon, run.n_images
         )
         run.collect(self, gamma=dgamma, beta=dbeta)
         return dx
@@ -359,6 +303,61 @@ class Flatten(Layer):
     def backward(self, dy, run):
         (x,) = run.saved[self.name]
         return run.kernels.flatten_backward(x, dy)
+
+
+@dataclass(eq=False)
+class Residual(Layer):
+    """body(x) + shortcut(x): a skip connection. Without a shortcut, body(x) + x.
+
+    Parameters
+    ----------
+    body, shortcut : list of Layer
+        Both give outputs of the same shape.
+    """
+
+    body: list
+    shortcut: list | None = None
+
+    def __post_init__(self):
+        if not self.body:
+            raise ValueError("Residual: body is empty; expected at least one layer")
+        self.shortcut = self.shortcut or []
+
+    def leaves(self, shape):
+        yield from _leaves(self.body, shape)
+        for leaf, leaf_shape in _leaves(self.shortcut, shape):
+            leaf.in_shortcut = True
+            yield leaf, leaf_shape
+
+    def output_shape(self, shape):
+        of_body, of_shortcut = (_output_shape(layers, shape) for layers in (self.body, self.shortcut))
+        if of_body != of_shortcut:
+            raise ValueError(f"Residual: its body makes {of_body} of {shape} and its shortcut {of_shortcut}; "
+                             "expected the same: Conv2D(filters, size=1) changes channels, a pool the size")
+        return of_body
+
+    def forward(self, x, run):
+        return run.kernels.add(run.kernels.propagate(self.body, x, run),
+                               run.kernels.propagate(self.shortcut, x, run))
+
+    def backward(self, dy, run):
+        dx_body = run.kernels.backpropagate(self.body, dy, run)
+        dx_shortcut = run.kernels.backpropagate(self.shortcut, dy, run)
+        if dx_body is None or dx_shortcut is None:  # the first weights of the network are in here
+            return None
+        return run.kernels.add(dx_body, dx_shortcut)
+
+
+def _leaves(layers, shape):
+    for layer in layers:
+        yield from layer.leaves(shape)
+        shape = layer.output_shape(shape)
+
+
+def _output_shape(layers, shape):
+    for layer in layers:
+        shape = layer.output_shape(shape)
+    return shape
 
 
 KINDS = {kind.__name__: kind for kind in Layer.__subclasses__()}

@@ -1,18 +1,7 @@
-"""The networks: a chain of layers that shares one vector of weights, and the models by name."""
+"""The models by name: lists of layers, and `build`, which makes networks of them."""
 
-import json
-import zipfile
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-
-import numpy as np
-
-from . import kernels, losses, presets
-from .datasets import check_images, check_labels
-from .files import written_beside
+from . import presets
 from .layers import (
-    KINDS,
     AvgPool,
     BatchNorm,
     Conv2D,
@@ -21,294 +10,10 @@ from .layers import (
     GlobalMaxPool,
     GlobalMeanPool,
     MaxPool,
-    Pass,
     ReLU,
     Standardize,
 )
-
-CHUNK = 256  # images that pass through the network at once: few enough that activations stay in the cache
-
-
-@dataclass(frozen=True, eq=False)
-class Parameter:
-    """A named array of weights.
-
-    Parameters
-    ----------
-    layer, name : str
-        Such as "conv1" and "weight".
-    value : ndarray
-        The weights themselves: a view of `Network.weights`. Writing to it changes the network.
-    """
-
-    layer: str
-    name: str
-    value: np.ndarray
-
-    def __str__(self):
-        return f"{self.layer}.{self.name}"
-
-    @property
-    def fan_in(self):
-        """Number of weights that make one activation (of a bias, gamma or beta: 1)."""
-        return self.value[0].size if self.value.ndim > 1 else 1
-
-
-class Network:
-    """A chain of layers from images to logits.
-
-    Parameters
-    ----------
-    layers : list of Layer
-        In the order that images pass them. Their weights are created here, filled with zeros
-        (gamma with ones); `initialize` draws them.
-    image_shape : tuple of int
-        (C, H, W).
-    n_classes : int
-        Number of logits.
-    name : str
-        Name of the model.
-    dtype : dtype
-        float32; float64 serves to check gradients with the `numpy` backend.
-
-    Attributes
-    ----------
-    weights : ndarray (n_weights,)
-        All weights, layer by layer from the input. Each `Parameter.value` is a view of it.
-
-    Raises
-    ------
-    ValueError
-        If the images are too small for the layers or the last layer has not `n_classes` outputs.
-    """
-
-    def __init__(self, layers, image_shape, n_classes, name="custom", dtype=np.float32):
-        self.layers, self.name = list(layers), name
-        self.image_shape, self.n_classes = tuple(map(int, image_shape)), int(n_classes)
-        self.leaves, shapes = [], []
-        shape = _checked_image_shape(self.image_shape)
-        for layer in self.layers:
-            for leaf, leaf_shape in layer.leaves(shape):
-                kind = type(leaf).__name__.removesuffix("2D").lower()
-                leaf.name = f"{kind}{1 + sum(type(other) is type(leaf) for other in self.leaves)}"
-                leaf.allocate_buffers(leaf_shape)
-                self.leaves.append(leaf)
-                shapes += [(leaf, *item) for item in leaf.parameter_shapes(leaf_shape).items()]
-            shape = layer.output_shape(shape)
-        if shape != (self.n_classes,):
-            raise ValueError(f"the last layer gives {shape} numbers an image; expected ({self.n_classes},)")
-        self.weights = np.zeros(sum(int(np.prod(s)) for _, _, s in shapes), dtype)
-        self._parameters, start = [], 0
-        for leaf, parameter_name, parameter_shape in shapes:
-            stop = start + int(np.prod(parameter_shape))
-            view = self.weights[start:stop].reshape(parameter_shape)
-            view[...] = parameter_name == "gamma"
-            setattr(leaf, parameter_name, view)
-            self._parameters.append(Parameter(leaf.name, parameter_name, view))
-            start = stop
-
-    def __repr__(self):
-        return f"Network({self.name!r}, image_shape={self.image_shape}, n_weights={self.n_weights})"
-
-    def parameters(self):
-        """Return the list of `Parameter`, layer by layer from the input."""
-        return list(self._parameters)
-
-    @property
-    def n_weights(self):
-        """Number of weights."""
-        return self.weights.size
-
-    @cached_property
-    def has_batchnorm(self):
-        """Whether any layer is a BatchNorm."""
-        return any(isinstance(leaf, BatchNorm) for leaf in self.leaves)
-
-    @cached_property
-    def steps(self):
-        """The layers with arguments of their forward and backward, which depend on what follows.
-
-        A BatchNorm does the ReLU behind it, and leaves both to a convolution that is next. A convolution need
-        not keep zeros exact for a BatchNorm. An AvgPool in between changes nothing in that.
-        """
-        steps = []
-        for layer in self.layers:
-            if isinstance(layer, ReLU) and steps and isinstance(steps[-1][0], BatchNorm) and not steps[-1][2]:
-                steps[-1] = steps[-1][0], {"with_relu": True}, {"with_relu": True}
-                continue
-            for source, arguments, _ in steps[:-3:-1]:
-                if isinstance(layer, BatchNorm) and isinstance(source, Conv2D):
-                    arguments["exact_zeros"] = False
-                elif isinstance(layer, Conv2D) and isinstance(source, BatchNorm):
-                    arguments["lazy"] = True
-                if not isinstance(source, AvgPool):
-                    break
-            steps.append((layer, {}, {}))
-        return steps
-
-    def views(self, vector):
-        """Return `vector` (n_weights,) cut up as the weights are: views of it, by `str(parameter)`."""
-        views, start = {}, 0
-        for parameter in self._parameters:
-            shape, stop = parameter.value.shape, start + parameter.value.size
-            views[str(parameter)], start = vector[start:stop].reshape(shape), stop
-        return views
-
-    def initialize(self, init, rng=None):
-        """Draw the initial weights.
-
-        Parameters
-        ----------
-        init : {"he", "glorot"}
-            See `presets.Preset`.
-        rng : None, int or Generator
-        """
-        rng = np.random.default_rng(rng)
-        for parameter in self._parameters:
-            if parameter.name == "weight":
-                shape, fan_in = parameter.value.shape, parameter.fan_in
-                fan_out = shape[0] * int(np.prod(shape[2:]))
-                limit = np.sqrt(6 / (fan_in + fan_out))
-                if init == "he":
-                    parameter.value[...] = rng.normal(0, np.sqrt(2 / fan_in), shape)
-                else:
-                    parameter.value[...] = rng.uniform(-limit, limit, shape)
-
-    def fit_scaling(self, images):
-        """Fit the input scaling to the training images, unless an earlier training has done so."""
-        for leaf in self.leaves:
-            if isinstance(leaf, Standardize) and not leaf.fitted:
-                leaf.fit(images)
-
-    def propagate(self, x, run):
-        """Return the logits of packed images `x`; `run` is the `Pass`."""
-        for layer, arguments, _ in self.steps:
-            x = layer.forward(x, run, **arguments)
-        return x
-
-    def backpropagate(self, dlogits, run):
-        """Fill `run.gradients` from the gradient of the loss with respect to the logits."""
-        dy, run.first = dlogits, next(layer for layer in self.leaves if layer.parameter_names)
-        for layer, _, arguments in reversed(self.steps):
-            dy = layer.backward(dy, run, **arguments)
-            if layer is run.first:
-                break
-
-    def forward(self, images, backend="cpu"):
-        """Return the logits, with BatchNorm's stored statistics.
-
-        Parameters
-        ----------
-        images : ndarray (N, C, H, W), float32 in [0, 1]
-        backend : {"cpu", "numpy", "cuda", "auto"}
-            "cuda" is an NVIDIA GPU; "auto" is "cuda" where that works, else "cpu".
-
-        Returns
-        -------
-        ndarray (N, n_classes), float32
-
-        Raises
-        ------
-        ValueError, TypeError
-            If the images have another shape or hold NaN or infinite pixels.
-        GpuError
-            If the backend is "cuda" and there is no GPU that works, or its memory is full.
-        """
-        images, k = check_images(images, self.image_shape), kernels.backend(backend)
-        logits = []
-        for start in range(0, len(images), CHUNK):
-            chunk = images[start : start + CHUNK]
-            run = Pass(k, len(chunk))
-            logits.append(k.unpack(self.propagate(k.pack(chunk), run), len(chunk)))
-        return np.concatenate(logits)
-
-    def predict(self, images, backend="cpu"):
-        """Return the most probable class of each image, (N,) int64."""
-        return self.forward(images, backend).argmax(axis=1)
-
-    def evaluate(self, images, labels, backend="cpu"):
-        """Return mean cross-entropy and accuracy on labelled images."""
-        labels = check_labels(labels, self.n_classes, len(images))
-        logits = self.forward(images, backend)
-        loss = losses.cross_entropy(logits, labels).mean(dtype=np.float64)
-        return float(loss), losses.accuracy(logits, labels)
-
-    def calibrate(self, images, backend="cpu"):
-        """Store the statistics of `images` in every BatchNorm, layer by layer (the authors' way)."""
-        images, k = check_images(images, self.image_shape), kernels.backend(backend)
-        self.propagate(k.pack(images), Pass(k, len(images), batch_statistics=True, momentum=1.0))
-
-    def state(self):
-        """Return all weights and buffers as a dict of arrays (views, not copies)."""
-        state = {str(parameter): parameter.value for parameter in self._parameters}
-        for leaf in self.leaves:
-            state.update({f"{leaf.name}.{name}": getattr(leaf, name) for name in leaf.buffer_names})
-        return state
-
-    def set_state(self, state):
-        """Copy weights and buffers from `state`, a dict such as `state` returns."""
-        for name, array in self.state().items():
-            array[...] = state[name]
-
-    def save(self, path):
-        """Write the network to `path` (.npz): weights, buffers and the description of its layers."""
-        description = {
-            "format": 1,
-            "name": self.name,
-            "image_shape": self.image_shape,
-            "n_classes": self.n_classes,
-            "layers": [layer.description() for layer in self.layers],
-        }
-        path = Path(path)
-        if path.suffix != ".npz":
-            raise ValueError(f"{path} does not end in .npz")
-        with written_beside(path) as beside:
-            np.savez(beside, description=np.array(json.dumps(description)), **self.state())
-
-    @classmethod
-    def load(cls, path):
-        """Return the network that `save` wrote to `path`. Nothing is unpickled.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no such file.
-        ValueError
-            If the file is damaged or is not a saved network; the message says why.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as saved:
-                description = json.loads(str(saved["description"]))
-                layers = [_layer(arguments) for arguments in description["layers"]]
-                network = cls(
-                    layers, description["image_shape"], description["n_classes"], description["name"]
-                )
-                for name, array in network.state().items():
-                    if saved[name].shape != array.shape:
-                        raise ValueError(f"{name} has shape {saved[name].shape}; expected {array.shape}")
-                    array[...] = saved[name]
-        except FileNotFoundError:
-            raise
-        except (ValueError, TypeError, KeyError, OSError, EOFError, MemoryError, AttributeError,
-                zipfile.BadZipFile, zipfile.zlib.error) as error:
-            raise ValueError(
-                f"{path} is damaged or is not a network saved by Network.save ({error}); save it again"
-            ) from error
-        return network
-
-
-def _layer(arguments):
-    arguments = dict(arguments)
-    kind = arguments.pop("kind")
-    if kind not in KINDS:
-        raise ValueError(f"unknown layer {kind!r}; known layers: {', '.join(KINDS)}")
-    return KINDS[kind](**arguments)
-
-
-def _checked_image_shape(shape):
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"image_shape is {shape}; expected three positive numbers (channels, height, width)")
-    return shape
+from .network import Network
 
 
 def one_conv(n_classes):
@@ -374,7 +79,7 @@ def build(name, image_shape=(1, 28, 28), n_classes=10, rng=None, preset="paper")
     rng : None, int or Generator
         Draws the initial weights.
     preset : str or Preset
-        Its `scaling` is the first layer, its `init` draws the weights.
+        Its `scaling` is the first layer, its `init` draws the weights, its `epsilon` is BatchNorm's.
 
     Returns
     -------
@@ -390,5 +95,8 @@ def build(name, image_shape=(1, 28, 28), n_classes=10, rng=None, preset="paper")
     settings = presets.resolve(preset)
     layers = [Standardize(settings.scaling), *MODELS[name](n_classes)]
     network = Network(layers, image_shape, n_classes, name)
+    for leaf in network.leaves:
+        if isinstance(leaf, BatchNorm):
+            leaf.epsilon = settings.epsilon
     network.initialize(settings.init, rng)
     return network

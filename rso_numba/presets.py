@@ -24,12 +24,13 @@ class Preset:
     scaling : {"standardize", "center", "none"}
         What the network's first layer does to images in [0, 1]: (x - mean) / std of the training
         set, x - mean, or nothing. Used by `models.build`.
-    init : {"he", "glorot"}
-        Initial weights: N(0, sqrt(2 / fan_in)), or uniform in +-sqrt(6 / (fan_in + fan_out)).
-        Biases and beta are 0, gamma is 1. Used by `models.build`.
+    init : {"he", "authors", "glorot"}
+        Initial weights: N(0, sqrt(2 / fan_in)); the same, but N(0, sqrt(2 / C_out)) in a shortcut; or uniform
+        in +-sqrt(6 / (fan_in + fan_out)). Biases and beta are 0, gamma is 1. Used by `models.build`.
     sigma : {"layer_std", "fan_in", "pooled"} or float
         Standard deviation of the step of each layer, sigma_d: the standard deviation of all its
-        weights at the start; sqrt(2 / fan_in), and 0.167 for gamma and beta; the standard
+        weights at the start; sqrt(2 / fan_in) (a shortcut has that of the convolution to whose output it is
+        added), and 0.167 for gamma and beta; the standard
         deviation of freshly drawn N(0, sqrt(2 / size)) for every tensor of layers 1..d; or one
         number for every layer.
     annealing : {None, "to_tenth", "authors"}
@@ -48,6 +49,12 @@ class Preset:
     test_statistics : {"first_2000", "running"}
         Statistics that BatchNorm uses outside the search: those of the first 2000 training images,
         computed anew before each evaluation, or an exponential average over the mini-batches.
+    search_statistics : {"batch", "fixed"}
+        Statistics that BatchNorm uses in the search: those of the mini-batch; or, before the layer that is
+        being searched (one layer earlier where a shortcut enters it; for the last layer everywhere), those of
+        the first 2000 training images, computed anew when the search of the layer begins.
+    epsilon : float
+        What BatchNorm adds to the variance. Used by `models.build`.
     step : {"gaussian", "uniform", "fixed"}
         Distribution of Delta; each has standard deviation sigma_d.
     unit : {"weight", "filter", "layer", "network"}
@@ -66,6 +73,8 @@ class Preset:
     order: str = "last_first"
     trained: tuple = EVERYTHING
     test_statistics: str = "first_2000"
+    search_statistics: str = "batch"
+    epsilon: float = 1e-5
     step: str = "gaussian"
     unit: str = "weight"
     hold: str = "weight"
@@ -80,12 +89,15 @@ PRESETS = {
     "paper": Preset(),
     "authors": Preset(
         scaling="center",
+        init="authors",
         sigma="fan_in",
         annealing="authors",
         weight_decay=1e-4,
         batches="slices",
         order="blocks",
         trained=("weight", "gamma", "beta"),
+        search_statistics="fixed",
+        epsilon=1e-3,  # MXNet's default
     ),
     "notebook": Preset(
         scaling="none",
@@ -97,14 +109,15 @@ PRESETS = {
     ),
 }
 
-CHOICES = {
+ALLOWED_VALUES = {
     "scaling": ("standardize", "center", "none"),
-    "init": ("he", "glorot"),
+    "init": ("he", "authors", "glorot"),
     "sigma": ("layer_std", "fan_in", "pooled"),
     "annealing": (None, "to_tenth", "authors"),
     "batches": ("fresh", "slices", "partition"),
     "order": ("last_first", "blocks", "column_major", "first_last"),
     "test_statistics": ("first_2000", "running"),
+    "search_statistics": ("batch", "fixed"),
     "step": ("gaussian", "uniform", "fixed"),
     "unit": ("weight", "filter", "layer", "network"),
     "hold": ("weight", "filter"),
@@ -139,7 +152,7 @@ def resolve(preset="paper", **overrides):
         if name not in known:
             raise TypeError(f"unknown setting {name!r}; known settings: {', '.join(known)}")
     settings = replace(preset, **overrides)
-    for name, choices in CHOICES.items():
+    for name, choices in ALLOWED_VALUES.items():
         value = getattr(settings, name)
         is_number = name == "sigma" and isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_number and not 0 < value < float("inf"):
@@ -148,6 +161,8 @@ def resolve(preset="paper", **overrides):
             raise ValueError(f"{name} is {value!r}; expected one of {choices}")
     if settings.hold == "filter" and settings.unit != "weight":
         raise ValueError(f"hold is 'filter' and unit is {settings.unit!r}; expected unit='weight' with it")
+    if not 0 <= settings.epsilon < float("inf"):
+        raise ValueError(f"epsilon is {settings.epsilon!r}; expected a small positive number")
     if not 0 <= settings.weight_decay < 1:
         raise ValueError(f"weight_decay is {settings.weight_decay!r}; expected 0 <= weight_decay < 1")
     unknown = [name for name in settings.trained if name not in EVERYTHING]

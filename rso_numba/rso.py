@@ -17,7 +17,6 @@ this package say *round*.) What the paper, its authors' code and the notebook do
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from math import inf, isfinite
 from time import perf_counter
 from typing import Any
 
@@ -29,6 +28,7 @@ from .batches import POLICIES
 from .datasets import check_training
 from .evaluators import make_evaluator
 from .history import History
+from .kernels import formulas
 from .layers import RUNNING_MOMENTUM
 from .visits import annealing_factor, draw_step, n_visits, sigmas, visits
 
@@ -74,9 +74,8 @@ def algorithm_1(network, data, evaluator, settings, rounds, batch_size, rng, vis
 
 
 def smallest(losses):
-    """Return the index of the smallest loss: the first on a tie; NaN and infinity lose."""
-    losses = [loss if isfinite(loss) else inf for loss in losses]
-    return losses.index(min(losses))
+    """Return the index of the smallest of three losses: the first on a tie; NaN and infinity lose."""
+    return formulas.smallest_of_three(*losses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +171,8 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
     check_training(network, data, rounds, batch_size, "rounds")
     if evaluator is None:
         momentum = RUNNING_MOMENTUM if settings.test_statistics == "running" else 0.0
-        evaluator = make_evaluator(evaluation, network, backend, momentum, settings.unit)
+        fixed = data.train_images[:CALIBRATION_IMAGES] if settings.search_statistics == "fixed" else None
+        evaluator = make_evaluator(evaluation, network, backend, momentum, settings.unit, fixed)
     network.fit_scaling(data.train_images)
     search = partial(algorithm_1, network, data, settings=settings, rounds=rounds, batch_size=batch_size,
                      rng=np.random.default_rng(rng), visits=visits)

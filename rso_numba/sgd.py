@@ -8,7 +8,8 @@ from tqdm import tqdm
 from . import kernels
 from .datasets import check_images, check_labels, check_training
 from .history import History
-from .layers import RUNNING_MOMENTUM, Pass
+from .layers import RUNNING_MOMENTUM
+from .passes import Pass
 
 
 def gradients(network, images, labels, backend="cpu"):
@@ -69,8 +70,7 @@ def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=
         Passes over the training set, shuffled anew each time.
     batch_size : int
         The last mini-batch of an epoch may be shorter.
-    learning_rate : float
-    momentum, weight_decay : float
+    learning_rate, momentum, weight_decay : float
     validation_fraction : float
         If positive, this fraction of the training set is not trained on, and the network ends
         with a copy of the weights that had the smallest loss on it (never on the test set).
@@ -92,11 +92,7 @@ def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=
         If an argument is out of range or does not fit the data.
     """
     check_training(network, data, epochs, batch_size, "epochs")
-    highs = {"learning_rate": np.inf, "momentum": 1, "weight_decay": 1, "validation_fraction": 1}
-    values = learning_rate, momentum, weight_decay, validation_fraction
-    for (name, high), value in zip(highs.items(), values, strict=True):
-        if not 0 <= value < high:
-            raise ValueError(f"{name} is {value!r}; expected 0 <= {name} < {high}")
+    _check(learning_rate, momentum, weight_decay, validation_fraction)
     rng, k = np.random.default_rng(rng), kernels.backend(backend)
     network.fit_scaling(data.train_images)
     order = rng.permutation(len(data.train_images))
@@ -106,18 +102,15 @@ def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=
         raise ValueError(f"batch_size is {batch_size}; {len(order)} images are left to train on")
     history = History("sgd") if history is None else history
     history.end_round(network, data, backend)
-    velocity = np.zeros_like(network.weights)
-    best_loss, best_state = np.inf, None
-    steps = -(-len(order) // batch_size)
+    velocity, best_loss, best_state = np.zeros_like(network.weights), np.inf, None
+    settings, steps = (learning_rate, momentum, weight_decay), -(-len(order) // batch_size)
     with tqdm(total=epochs * steps, unit="step", desc="SGD", disable=not progress) as bar:
         for _ in range(epochs):
-            begin = perf_counter()
-            order = rng.permutation(order)
+            begin, order = perf_counter(), rng.permutation(order)
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
-                images, labels = data.train_images[chosen], data.train_labels[chosen]
-                _step(network, images, labels, k, velocity, learning_rate, momentum, weight_decay)
-                history.add_step(len(images), network.n_weights)
+                _step(network, data.train_images[chosen], data.train_labels[chosen], k, velocity, *settings)
+                history.add_step(len(chosen), network.n_weights)
                 bar.update()
             history.seconds += perf_counter() - begin
             history.end_round(network, data, backend)
@@ -130,3 +123,11 @@ def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=
     if best_state is not None:
         network.set_state(best_state)
     return history
+
+
+def _check(learning_rate, momentum, weight_decay, validation_fraction):
+    highs = {"learning_rate": np.inf, "momentum": 1, "weight_decay": 1, "validation_fraction": 1}
+    values = learning_rate, momentum, weight_decay, validation_fraction
+    for (name, high), value in zip(highs.items(), values, strict=True):
+        if not 0 <= value < high:
+            raise ValueError(f"{name} is {value!r}; expected 0 <= {name} < {high}")

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from .layers import BatchNorm
-from .models import Parameter
+from .layers import BatchNorm, Residual
+from .network import Parameter
 
 GAMMA_BETA_SIGMA = 0.167  # the authors' step for every gamma and beta
 
@@ -71,20 +71,33 @@ def visiting_order(network, order, trained):
     -------
     list of Parameter
     """
-    layers = {leaf.name: [] for leaf in network.leaves}
-    mixing = None
-    for leaf in network.leaves:
-        own = [p for p in network.parameters() if p.layer == leaf.name and p.name in trained]
-        if isinstance(leaf, BatchNorm) and order in ("blocks", "column_major"):
-            own = own[::-1]  # gamma, beta are declared; beta, gamma are visited
-        if leaf.mixes_channels:
-            mixing = leaf.name
-        belongs_to_block = isinstance(leaf, BatchNorm) and order == "blocks" and mixing
-        layers[mixing if belongs_to_block else leaf.name] += own
-    groups = list(layers.values())
+    groups = blocks(network.layers) if order == "blocks" else [[leaf] for leaf in network.leaves]
     if order != "first_last":
         groups.reverse()
-    return [parameter for group in groups for parameter in group]
+    visited = []
+    for leaf in (leaf for group in groups for leaf in group):
+        own = [p for p in network.parameters() if p.layer == leaf.name and p.name in trained]
+        if isinstance(leaf, BatchNorm) and order in ("blocks", "column_major"):
+            own.reverse()  # gamma, beta are declared; beta, gamma are visited
+        visited += own
+    return visited
+
+
+def blocks(layers):
+    """Return lists of layers: each convolution or dense layer with what follows it, up to the next one.
+
+    The blocks of a shortcut stand before the block of the convolution to whose output theirs is added.
+    """
+    found = []
+    for layer in layers:
+        if isinstance(layer, Residual):
+            *before, last = blocks(layer.body)
+            found += [*before, *blocks(layer.shortcut), last]
+        elif layer.is_linear or not found:
+            found.append([layer])
+        else:
+            found[-1].append(layer)
+    return found
 
 
 def weight_indices(parameter, order):
@@ -119,20 +132,21 @@ def sigmas(network, rule, rng):
     ValueError
         If a layer would get sigma = 0, so that no step could ever change it.
     """
-    sigma, pool = {}, np.empty(0)
+    sigma, pool, joined = {}, np.empty(0), joined_by_shortcuts(network.layers)
     for leaf in network.leaves:
         parameters = [p for p in network.parameters() if p.layer == leaf.name]
         if not parameters:
             continue
         if rule == "pooled":
-            # the notebook draws Gaussians for its model, which never get there, and measures them
+            # the notebook draws Gaussian weights, measures them, and then forgets to put them into its model
             drawn = [rng.normal(0, np.sqrt(2 / p.value.size), p.value.size) for p in parameters]
             pool = np.concatenate([pool, *drawn])
         for p in parameters:
             if rule == "layer_std":
                 sigma[str(p)] = float(np.concatenate([q.value.ravel() for q in parameters]).std())
             elif rule == "fan_in":
-                he = float(np.sqrt(2 / max(q.fan_in for q in parameters)))
+                counted = [q for q in network.parameters() if q.layer == joined.get(leaf.name, leaf.name)]
+                he = float(np.sqrt(2 / max(q.fan_in for q in counted)))
                 sigma[str(p)] = GAMMA_BETA_SIGMA if isinstance(leaf, BatchNorm) else he
             elif rule == "pooled":
                 sigma[str(p)] = float(pool.std(ddof=1))  # as Julia's std
@@ -144,6 +158,17 @@ def sigmas(network, rule, rng):
                     "give sigma as a number, or sigma='fan_in'"
                 )
     return sigma
+
+
+def joined_by_shortcuts(layers):
+    """Return to which layer's output that of each linear layer in a shortcut is added, by their names."""
+    joined = {}
+    for layer in layers:
+        if isinstance(layer, Residual):
+            last = blocks(layer.body)[-1][0]
+            joined |= {inner.name: last.name for inner in layer.shortcut if inner.is_linear}
+            joined |= joined_by_shortcuts(layer.body) | joined_by_shortcuts(layer.shortcut)
+    return joined
 
 
 def annealing_factor(annealing, e, rounds):

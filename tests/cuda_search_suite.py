@@ -9,7 +9,7 @@ from numba import config
 from rso_numba import bench, bench_gpu, datasets, kernels, rso
 from rso_numba.evaluators import CudaForward, FullForward, cuda, make_evaluator
 from rso_numba.kernels import formulas
-from rso_numba.kernels.cuda_device import LANES
+from rso_numba.kernels.cuda.device import LANES
 from rso_numba.layers import (
     AvgPool,
     BatchNorm,
@@ -18,11 +18,14 @@ from rso_numba.layers import (
     Flatten,
     GlobalMaxPool,
     GlobalMeanPool,
+    Layer,
     MaxPool,
     ReLU,
+    Residual,
     Standardize,
 )
 from rso_numba.models import Network
+from rso_numba.visits import visits
 
 if config.ENABLE_CUDASIM:
     import simulator
@@ -30,6 +33,14 @@ if config.ENABLE_CUDASIM:
     simulator.repair()
 
 N_CLASSES, SHAPE = 3, (1, 4, 5)
+
+
+class Negative(Layer):
+    """A channelwise layer that no epilogue knows."""
+
+    def forward(self, x, run):
+        zeros = np.zeros(x.shape[1], np.float32)
+        return run.kernels.scale_shift(x, zeros - 1, zeros)
 
 
 def _network(name):
@@ -45,6 +56,28 @@ def _network(name):
             BatchNorm(), GlobalMaxPool(), Dense(N_CLASSES, use_bias=False)],
         "unusual": [Conv2D(2, size=1), ReLU(), BatchNorm(), MaxPool(), Conv2D(2), Flatten(), Dense(1), ReLU(),
                     Dense(N_CLASSES)],
+        "identity": [
+            Conv2D(2, size=1), BatchNorm(),
+            Residual([ReLU(), Conv2D(1), BatchNorm(), ReLU(), Conv2D(2, size=1)]),
+            BatchNorm(), ReLU(), GlobalMaxPool(), Dense(N_CLASSES)],
+        "projection": [
+            Conv2D(2, size=1), Residual([BatchNorm(), ReLU(), Conv2D(2, size=1)],
+                                        [Conv2D(2, size=1, use_bias=False), BatchNorm()]),
+            AvgPool(), BatchNorm(), ReLU(), Flatten(), Dense(N_CLASSES)],
+        "over_a_pool": [
+            Conv2D(2, size=1), BatchNorm(),
+            Residual([Conv2D(2, size=1), ReLU(), MaxPool()], [ReLU(), MaxPool()]),
+            GlobalMeanPool(), Dense(N_CLASSES)],
+        "two_skips": [
+            Conv2D(2, size=1), BatchNorm(),
+            Residual([ReLU(), Conv2D(2, size=1), Residual([BatchNorm(), ReLU(), Conv2D(2, size=1)]), ReLU()]),
+            GlobalMaxPool(), Dense(N_CLASSES)],
+        "sum_of_logits": [
+            Conv2D(1, size=1), ReLU(), GlobalMeanPool(),
+            Residual([Dense(N_CLASSES)], [Dense(2), ReLU(), Dense(N_CLASSES)])],
+        "own_layer": [
+            BatchNorm(), Conv2D(2, size=1), Negative(), BatchNorm(), Residual([Conv2D(2, size=1)]),
+            Negative(), AvgPool(), Flatten(), Dense(N_CLASSES)],
     }[name]
     network = Network([Standardize(), *layers], SHAPE, N_CLASSES)
     network.initialize("he", 0)
@@ -71,8 +104,8 @@ def test_losses_before_and_after_accepted_changes(name, rng):
         indices = list(np.ndindex(parameter.value.shape))
         for i in range(0, len(indices), 1 + len(indices) // 3):
             part = slice(0, N) if i % 2 else slice(N, N + FEW)
-            for judge in (full, delta):
-                judge.set_batch(data.train_images[part], data.train_labels[part], i % 2)
+            for evaluator in (full, delta):
+                evaluator.set_batch(data.train_images[part], data.train_labels[part], i % 2)
             w, step = parameter.value[indices[i]], np.float32(rng.normal(0, 0.5))
             expected = full.losses(parameter, indices[i], (w + step,))
             found = delta.losses(parameter, indices[i], (w + step,))
@@ -113,10 +146,38 @@ def test_a_whole_round_decides_as_numpy_does(name, preset, hold, n, batch_size):
         for network, evaluation, backend in zip(networks, ("delta", "full"), ("cuda", "numpy"), strict=True)]
     assert _follow(*networks, streams) == sum(p.value.size for p in networks[0].parameters()
                                               if preset != "authors" or p.name != "bias")
+    _compare_running_statistics(*networks)
+
+
+def _compare_running_statistics(*networks):
     for a, b in zip(*(network.leaves for network in networks), strict=True):
         if isinstance(a, BatchNorm):
             np.testing.assert_allclose(a.running_mean, b.running_mean, rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose(a.running_variance, b.running_variance, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name, every, settings", [
+    ("identity", 1, {"hold": "filter"}), ("projection", 1, {}), ("over_a_pool", 1, {}),
+    ("two_skips", 1, {"hold": "filter"}), ("sum_of_logits", 4, {}), ("own_layer", 4, {}),
+    ("projection", 4, {"hold": "filter", "search_statistics": "fixed", "test_statistics": "first_2000"})])
+def test_residual_networks_decide_as_numpy_does(name, every, settings):
+    """Every weight, or with `every` 4 a part of them: a trial takes the simulator a second."""
+    networks, data, seen = [_network(name) for _ in range(2)], _data(2 * FEW), []
+
+    def some_visits(*arguments):
+        chosen = [(p, indices[::every], sigma) for p, indices, sigma in visits(*arguments)]
+        seen.append(sum(len(indices) for _, indices, _ in chosen))
+        return chosen
+
+    # two mini-batches that come back
+    settings = {"batches": "partition", "test_statistics": "running", **settings}
+    streams = [
+        rso.trials(network, data, 1, FEW, evaluation=evaluation, backend=backend, rng=0, visits=some_visits,
+                   **settings)
+        for network, evaluation, backend in zip(networks, ("delta", "full"), ("cuda", "numpy"), strict=True)]
+    n = _follow(*networks, streams)
+    assert n == seen[0] and (n == networks[0].n_weights or every > 1)
+    _compare_running_statistics(*networks)
 
 
 def _search(name, preset="notebook", batch_size=FEW, n_batches=2, **settings):
@@ -145,11 +206,11 @@ def test_little_memory_changes_no_decision(name, n, monkeypatch):
         _, stream = _search(name, n_batches=4)
         logs.append([])
         for trial in islice(stream, n):
-            judge = made[-1]
-            most.append((memory, judge.held_bytes, trial.layer))
-            if judge.slots:  # one there always is
-                one, *others = (sum(a[i].nbytes for a in judge.slots.arrays[:3])
-                                for i in range(judge.slots.n_slots))
+            evaluator = made[-1]
+            most.append((memory, evaluator.held_bytes, trial.layer))
+            if evaluator.slots:  # one there always is
+                one, *others = (sum(a[i].nbytes for a in evaluator.slots.arrays[:3])
+                                for i in range(evaluator.slots.n_slots))
                 assert one + sum(others) <= max(memory, one)
             logs[-1].append((trial.losses, trial.after))
     for other in logs[1:]:
@@ -201,10 +262,10 @@ def test_a_weight_changed_by_somebody_else_is_noticed(monkeypatch):
     network.fit_scaling(data.train_images)
     full, delta = FullForward(network, "numpy"), CudaForward(network)
     parameter = network.parameters()[2]
-    for judge in (full, delta):
-        judge.set_batch(data.train_images, data.train_labels)
+    for evaluator in (full, delta):
+        evaluator.set_batch(data.train_images, data.train_labels)
     for _ in range(2):
-        expected, found = (judge.losses(parameter, (1, 0, 0, 2), (0.1, 0.2)) for judge in (full, delta))
+        expected, found = (e.losses(parameter, (1, 0, 0, 2), (0.1, 0.2)) for e in (full, delta))
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         network.weights[::7] *= 1.5
 
@@ -227,12 +288,13 @@ def test_huge_steps_lose_or_win_as_in_full(step):
 def test_who_evaluates():
     chain, flat = _network("one_conv"), Network([Conv2D(3), Flatten(), Dense(3), ReLU()], (1, 2, 2), 3)
     by_pixel = Network([Conv2D(1), Flatten(), BatchNorm(), Dense(3)], (1, 2, 2), 3)
-    assert isinstance(make_evaluator("delta", chain, "cuda", 0.0), CudaForward)
-    for network, evaluation, unit in (
-            (chain, "full", "weight"), (chain, "delta", "layer"), (flat, "delta", "weight"),
-            (by_pixel, "delta", "weight")):
-        judge = make_evaluator(evaluation, network, "cuda", 0.0, unit)
-        assert isinstance(judge, FullForward) and judge.kernels is kernels.backend("cuda")
+    for network in (chain, _network("identity")):
+        assert isinstance(make_evaluator("delta", network, "cuda"), CudaForward)
+    assert isinstance(make_evaluator("full", chain, "cuda"), FullForward)
+    for network, unit in ((chain, "layer"), (flat, "weight"), (by_pixel, "weight")):
+        with pytest.warns(UserWarning, match="whole forward pass"):
+            evaluator = make_evaluator("delta", network, "cuda", unit=unit)
+        assert isinstance(evaluator, FullForward) and evaluator.kernels is kernels.backend("cuda")
 
 
 class SmallJob(bench.Job):

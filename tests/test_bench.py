@@ -10,6 +10,7 @@ import pytest
 from rso_numba import bench, bench_gpu, bench_torch, datasets, models, rso, sgd
 from rso_numba.__main__ import benchmark_table, main
 from rso_numba.evaluators import FullForward
+from rso_numba.evaluators.graph import Graph
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,7 +49,7 @@ def test_the_floors_of_a_gpu_count_what_a_trial_computes(all_digits28):
     assert memory == pytest.approx(4 * 100 * (moved * n_convolution + moved_last * n_dense) / 1e9)
     # merged with their pools, the six convolutions and the dense layer of one image
     network = job_of("paper_mnist", all_digits28, "authors").network()
-    forward = sum(size.multiply_adds for size in bench_gpu.sizes(network))
+    forward = sum(size.multiply_adds for size in bench_gpu.sizes(Graph(network)).values())
     assert forward == 784 * 144 + 196 * 16 * 256 + 196 * 2304 + 49 * 16 * 256 + 2 * 49 * 2304 + 160
 
 
@@ -69,7 +70,7 @@ def without_torch(monkeypatch, all_digits28):
 def written(tmp_path, capsys, without_torch, monkeypatch):
     """Output and JSON of `rso-numba bench --quick` without PyTorch."""
     path = tmp_path / "new" / "bench.json"
-    monkeypatch.setattr(bench, "QUICK", bench.Plan(1, 2, (), 1, images=16, matrix=32, rest=0.0))
+    monkeypatch.setattr(bench, "QUICK", bench.Effort(1, 2, (), 1, images=16, matrix=32, rest=0.0))
     arguments = ["bench", "--model", "one_conv", "--data", "digits28", "--quick", "--batch-size", "16",
                  "--seed", "3", "--out", str(path)]
     assert main(arguments) == 0
@@ -149,8 +150,8 @@ def test_choices(digits28):
     network = job_of("two_conv", digits28).network()
     parameter = network.parameters()[2]  # (16, 16, 3, 3)
     indices = list(np.ndindex(parameter.value.shape))
-    assert bench.first(3)(parameter, indices) == indices[:3]
-    assert bench.first(None)(parameter, indices) == indices
+    assert bench.first_n(3)(parameter, indices) == indices[:3]
+    assert bench.first_n(None)(parameter, indices) == indices
     assert len(bench.filters(10)(parameter, indices)) == 2 * 144
     assert len(bench.filters(300)(parameter, indices)) == 3 * 144
     assert [index[0] for index in bench.spread(3)(parameter, indices)] == [0, 5, 10]
@@ -159,11 +160,11 @@ def test_choices(digits28):
 
 def test_the_loop_that_is_timed_is_that_of_rso(digits28):
     job = job_of("one_conv", digits28)
-    timed = bench.timed_visits(job, bench.first(None), evaluation="full", trained=("bias",))
+    timed = bench.timed_visits(job, bench.first_n(None), evaluation="full", trained=("bias",))
     assert {name: (visit.n_weights, len(visit.seconds)) for name, visit in timed.items()} \
         == {"dense1.bias": (10, 10), "conv1.bias": (4, 4)}
 
-    twice = bench.timed_visits(job, bench.first(None), None, 2, evaluation="full", trained=("bias",))
+    twice = bench.timed_visits(job, bench.first_n(None), None, 2, evaluation="full", trained=("bias",))
     assert {name: len(visit.seconds) for name, visit in twice.items()} == {"dense1.bias": 20, "conv1.bias": 8}
     assert twice["conv1.bias"].losses[:4] == timed["conv1.bias"].losses
 
@@ -174,8 +175,8 @@ def test_the_loop_that_is_timed_is_that_of_rso(digits28):
 
 
 def test_kernels_loaded_counts_compiled_functions(digits28):
-    judge = FullForward(job_of("one_conv", digits28).network())
-    judge.set_batch(digits28.train_images, digits28.train_labels)
+    evaluator = FullForward(job_of("one_conv", digits28).network())
+    evaluator.set_batch(digits28.train_images, digits28.train_labels)
     from_cache, compiled = bench.kernels_loaded()
     assert from_cache + compiled > 0
 
@@ -192,9 +193,9 @@ def test_torch_gives_the_same_losses(model, preset, cached, digits28, rng):
     network.fit_scaling(digits28.train_images)
     network.weights += rng.normal(0, 0.01, network.n_weights).astype(np.float32)
     before = network.weights.copy()
-    ours, peer = FullForward(network), bench_torch.TorchForward(network, cached)
-    for judge in (ours, peer):
-        judge.set_batch(digits28.train_images[:10], digits28.train_labels[:10])
+    ours, peer = FullForward(network), bench_torch.TorchForward(network, cached=cached)
+    for evaluator in (ours, peer):
+        evaluator.set_batch(digits28.train_images[:10], digits28.train_labels[:10])
     for parameter in network.parameters():
         index = tuple(int(rng.integers(n)) for n in parameter.value.shape)
         candidates = parameter.value[index] + np.float32([0, 0.3, -0.3])
@@ -229,7 +230,7 @@ def test_other_losses_than_those_of_full_forward_are_refused(digits28):
             return super().losses(parameter, index, candidates) * 1.001
 
     with pytest.raises(AssertionError, match="wrong, dense1.weight"):
-        bench.search_row(job_of("one_conv", digits28), bench.QUICK, "wrong", bench.first(1), Wrong)
+        bench.search_row(job_of("one_conv", digits28), bench.QUICK, "wrong", bench.first_n(1), Wrong)
 
 
 def test_paper_mnist_has_rows_for_held_batches_and_one_thread(digits28, without_torch, monkeypatch):
@@ -237,7 +238,7 @@ def test_paper_mnist_has_rows_for_held_batches_and_one_thread(digits28, without_
     monkeypatch.setattr(bench.numba, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(bench.numba, "set_num_threads", threads.append)
 
-    def search_row(job, plan, what, choose, evaluator_of=None, **arguments):
+    def search_row(job, effort, what, choose, evaluator_of=None, **arguments):
         return bench.Row(str(job), what, 1 / threads[-1], "s/weight", "sampled", detail=arguments)
 
     monkeypatch.setattr(bench, "search_row", search_row)

@@ -272,7 +272,7 @@ def test_scan_weight_leaves_the_network_alone():
     values = [-1.0, 0.0, 1.0]
     losses = experiments.scan_weight(network, parameter, (0, 0, 1, 1), values, images, labels, "numpy")
     assert all(np.array_equal(before[name], array) for name, array in network.state().items())
-    judge = FullForward(network, "numpy")
-    judge.set_batch(images, labels)
+    evaluator = FullForward(network, "numpy")
+    evaluator.set_batch(images, labels)
     parameter.value[0, 0, 1, 1] = -1.0
-    assert judge.losses(parameter, (0, 0, 1, 1), [parameter.value[0, 0, 1, 1]])[0] == losses[0]
+    assert evaluator.losses(parameter, (0, 0, 1, 1), [parameter.value[0, 0, 1, 1]])[0] == losses[0]

@@ -47,17 +47,17 @@ def test_nothing_else_imports_cuda():
 @pytest.fixture
 def problem_of(monkeypatch):
     """Return a function that says what `gpu_problem` finds with a driver made up of attributes."""
-    cuda_device = pytest.importorskip("rso_numba.kernels.cuda_device", reason="this Numba has no CUDA target")
-    cuda_device.problem.cache_clear()
+    device = pytest.importorskip("rso_numba.kernels.cuda.device", reason="this Numba has no CUDA target")
+    device.problem.cache_clear()
 
     def find(**attributes):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-        monkeypatch.setattr(cuda_device, "cuda", SimpleNamespace(**attributes))
+        monkeypatch.setattr(device, "cuda", SimpleNamespace(**attributes))
         return kernels.gpu_problem()
 
     yield find
     monkeypatch.undo()
-    cuda_device.problem.cache_clear()
+    device.problem.cache_clear()
 
 
 def _driver(capability=(9, 0), toolkit=(13, 0)):

@@ -22,18 +22,23 @@ from numba.cuda.cudadrv import nvvm  # noqa: E402
 if not nvvm.is_available():
     pytest.skip("needs the CUDA toolkit: pip install -e '.[cuda]'", allow_module_level=True)
 
-from rso_numba.kernels import cuda as kernels  # noqa: E402
-from rso_numba.kernels import (  # noqa: E402
-    cuda_changes,
-    cuda_device,
-    cuda_last,
-    cuda_norms,
-    cuda_pools,
-    cuda_products,
+from rso_numba.kernels.cuda import (  # noqa: E402
+    activations,
+    convolution,
+    delta,
+    dense,
+    device,
+    fusion,
+    last_layer,
+    layout,
+    norms,
+    pools,
+    softmax,
 )
 
+MODULES = activations, convolution, delta, dense, device, fusion, last_layer, layout, norms, pools, softmax
 CAPABILITIES = [(9, 0), (7, 5)]  # H100, and the oldest that CUDA 13 compiles for
-REGISTERS = 65536 // cuda_device.THREADS // 3  # with at most this many, three CUDA blocks run side by side
+REGISTERS = 65536 // device.THREADS // 3  # with at most this many, three CUDA blocks run side by side
 
 
 def _array(dimensions, dtype=float32):
@@ -54,6 +59,7 @@ SIGNATURES = {
     "statistics_kernel": [_array(4), int64, _array(3, float64)],
     "product_kernel": [_array(4), _array(4), _array(1), _array(1), int64, _array(3, float64)],
     "batchnorm_gradient_kernel": BATCHNORM,
+    "add_kernel": [_array(1)] * 3,
     "relu_kernel": [_array(1), _array(1)],
     "relu_gradient_kernel": [_array(1), _array(1), _array(1)],
     "maxpool_kernel": [_array(5), _array(5)],
@@ -74,11 +80,16 @@ SIGNATURES = {
     "norm_kernel": [_array(3, float64), int64, int64, _array(1), _array(1), float32, _array(3), _array(2),
                     _array(2)],
     "follow_kernel": [_array(3), int64, int64, int64, float32, _array(2)],
-    "tail_kernel": [_array(5), _array(2), _array(2), int64, int64, _array(5)],
+    "epilogue_kernel": [_array(5), _array(2), _array(2), int64, int64, _array(5)],
+    "add_epilogue_kernel": [_array(5), _array(2), _array(2), int64, int64, int64, _array(5), int64,
+                            _array(5)],
+    "add_to_channel_kernel": [_array(5), _array(2), _array(2), int64, int64, int64, _array(5)],
+    "copy_channel_kernel": [_array(4), int64, int64, _array(4)],
+    "replace_channel_kernel": [_array(3), int64, _array(3), _array(3)],
     "slot_kernel": [_array(3), _array(3), _array(1, int64), int64, _array(3), _array(3), _array(2, int32),
                     _array(1, int64), _array(1, int64)],
     "last_layer_kernel": [
-        _array(2, int64), _array(1), int64, float32, _array(3), _array(3), _array(2, int32),
+        _array(2, int64), _array(1), float32, _array(3), _array(3), _array(2, int32),
         _array(1, int64), _array(2, int64), _array(1), _array(1, int64), _array(1), RECORDS],
 }
 # these add or decide in float64
@@ -88,14 +99,14 @@ SUMS = {"statistics_kernel", "product_kernel", "loss_sums_kernel", "norm_kernel"
 
 def _kernels():
     found = {}
-    for module in (kernels, cuda_changes, cuda_device, cuda_last, cuda_norms, cuda_pools, cuda_products):
+    for module in MODULES:
         found.update({name: kernel for name, kernel in vars(module).items() if name.endswith("_kernel")
                       and not name.startswith("_")})
     signatures = dict(SIGNATURES)
-    for key, kernel in cuda_products.CONV2D_KERNELS.items():
+    for key, kernel in convolution.CONV2D_KERNELS.items():
         found[f"conv2d_kernel{key}"] = kernel
         signatures[f"conv2d_kernel{key}"] = [_array(4), _array(4), _array(1), _array(4), PART, _array(4)]
-    for size, kernel in cuda_products.CONV2D_WEIGHT_KERNELS.items():
+    for size, kernel in convolution.CONV2D_WEIGHT_KERNELS.items():
         found[f"conv2d_weight_kernel({size})"] = kernel
         signatures[f"conv2d_weight_kernel({size})"] = [_array(5), _array(5), _array(5)]
     return found, signatures
@@ -131,4 +142,4 @@ def test_compiles(name, capability, monkeypatch):
           f"{stack} bytes of stack, {shared} bytes of shared memory")
     assert len(spills) == 2 and not any(spills), log
     assert stack == 0, log
-    assert registers <= (REGISTERS if name != "last_layer_kernel" else 65536 // cuda_last.MANY_THREADS)
+    assert registers <= (REGISTERS if name != "last_layer_kernel" else 65536 // last_layer.MANY_THREADS)

@@ -1,15 +1,21 @@
 """Delta evaluation equals full forward passes: for every weight, and over whole rounds."""
 
+import networks
 import numpy as np
 import pytest
+from networks import small_network
 
-from rso_numba import datasets, models, rso
-from rso_numba.evaluators import DeltaForward, FullForward, make_evaluator
+from rso_numba import datasets, rso
+from rso_numba.evaluators import DeltaForward, FullForward, PlainDeltaForward, make_evaluator
 from rso_numba.evaluators import delta as delta_module
-from rso_numba.kernels import changes, cpu, products, softmax
-from rso_numba.kernels.tails import no_tail
-from rso_numba.layers import BatchNorm, Conv2D, Dense, Flatten, MaxPool, ReLU, Standardize
-from rso_numba.models import Network, build
+from rso_numba.kernels import cpu
+from rso_numba.kernels.compiling import kernel
+from rso_numba.kernels.cpu import softmax, tiles
+from rso_numba.kernels.cpu.convolution import conv2d_fused
+from rso_numba.kernels.cpu.delta import merged_with_avgpool
+from rso_numba.kernels.cpu.fusion import no_epilogue
+from rso_numba.layers import BatchNorm
+from rso_numba.models import build
 
 
 def shuffled(network, rng):
@@ -18,28 +24,7 @@ def shuffled(network, rng):
     return network
 
 
-def small_network(name):
-    """A small version of a model, or a chain that no model has."""
-    n_classes = 3
-    layers = {
-        "one_conv": [Conv2D(2), ReLU(), MaxPool(), Flatten(), Dense(n_classes)],
-        "two_conv": [Conv2D(2), ReLU(), MaxPool(), Conv2D(3), ReLU(), MaxPool(), Flatten(), Dense(n_classes)],
-        "original": [type(layer)(2) if isinstance(layer, Conv2D) else layer for layer in models.original(3)],
-        "paper_mnist": [
-            Conv2D(2, use_bias=False) if isinstance(layer, Conv2D) else layer
-            for layer in models.paper_mnist(n_classes)],
-        "two dense, 1x1, late BatchNorm": [
-            Conv2D(2, size=1), ReLU(), BatchNorm(), Conv2D(2), Flatten(), Dense(4), ReLU(), Dense(n_classes)],
-        "wide input": [Conv2D(5), BatchNorm(), ReLU(), MaxPool(), Conv2D(2), ReLU(), Conv2D(2), Flatten(),
-                       Dense(n_classes)],
-        "BatchNorm of features": [Conv2D(2), Flatten(), BatchNorm(), Dense(n_classes)],
-        "flatten only": [Conv2D(2), Flatten(), Dense(n_classes)],
-    }[name]
-    return Network([Standardize(), *layers], (1, 6, 5), n_classes)
-
-
-CHAINS = ["one_conv", "two_conv", "original", "paper_mnist", "two dense, 1x1, late BatchNorm", "wide input",
-          "BatchNorm of features", "flatten only"]
+CHAINS = list(networks.chains())
 
 
 @pytest.mark.parametrize("n", [5, 16, 37])
@@ -108,20 +93,20 @@ def test_z_is_kept_if_filters_have_many_taps(name, monkeypatch, rng):
 
 @pytest.mark.parametrize("many_channels", [0, 5])
 @pytest.mark.parametrize("name", ["wide input", "paper_mnist"])
-def test_an_input_that_is_most_of_the_memory_is_remade(name, many_channels, monkeypatch, rng):
+def test_an_input_that_is_most_of_the_memory_is_rematerialized(name, many_channels, monkeypatch, rng):
     monkeypatch.setattr(delta_module, "FEW_TAPS", 9)  # so that z of the second layer is kept
     monkeypatch.setattr(delta_module, "MANY_CHANNELS", many_channels)
     monkeypatch.setattr(delta_module, "MANY", 0)
-    remade, channels = [], DeltaForward._channels
+    rematerialized, channels = [], DeltaForward._channels
 
     def watched(self, x, taps):
-        remade.extend([self.d] if isinstance(x, delta_module.Remade) else [])
+        rematerialized.extend([self.node.index] if isinstance(x, delta_module.Rematerialized) else [])
         return channels(self, x, taps)
 
     monkeypatch.setattr(DeltaForward, "_channels", watched)
     test_every_weight_before_and_after_accepted_changes(name, 37, rng)
     test_a_whole_round_decides_alike(name, "weight", "notebook", rng)
-    assert set(remade) == {1}
+    assert set(rematerialized) == {2}
 
 
 @pytest.mark.parametrize("name", ["one_conv", "two_conv", "original", "paper_mnist"])
@@ -133,22 +118,22 @@ def test_all_that_waits_for_a_batch_lies_in_the_arena(name, digits):
         for key in (0, 1, 0, 1):
             delta.set_batch(images, digits.train_labels[:40], key)
             delta.losses(parameter, index, parameter.value[index] + np.float32([0, 0.1, -0.1]))
-        for batch in delta.batches.values():
-            held = [batch.z, batch.a, batch.z_next, batch.x[0] if isinstance(batch.x, tuple) else batch.x]
-            for array in (array for array in held if array is not None):
-                assert any(np.shares_memory(array, slab) for slab, _ in delta.arena.slabs)
+        for batch in delta.cache.batches.values():
+            assert batch.is_held
+            for array in (delta_module._array(batch.x), *batch.values.z.values()):
+                assert any(np.shares_memory(array, chunk) for chunk, _ in delta.cache.arena.chunks)
 
 
 def test_a_loss_that_is_known_is_not_computed_again(digits, monkeypatch):
     network = build("two_conv", (1, 8, 8), rng=0)
     full, delta = FullForward(network), DeltaForward(network)
     parameter, index = network.parameters()[0], (3, 0, 1, 1)
-    for judge in (full, delta):
-        judge.set_batch(digits.train_images[:50], digits.train_labels[:50])
+    for evaluator in (full, delta):
+        evaluator.set_batch(digits.train_images[:50], digits.train_labels[:50])
     first = delta.losses(parameter, index, (parameter.value[index], 0.5, -0.5))
     delta.keep(parameter, index, 0.5)
-    finished = []
-    monkeypatch.setattr(delta, "_finish", lambda *a: finished.append(a) or DeltaForward._finish(delta, *a))
+    finished, loss = [], delta.reach.loss
+    monkeypatch.setattr(delta.reach, "loss", lambda *a: finished.append(a) or loss(*a))
     second = delta.losses(parameter, index, (0.5, 1.0, -1.0))
     assert len(finished) == 2 and second[0] == first[1]
     np.testing.assert_allclose(second, full.losses(parameter, index, (0.5, 1.0, -1.0)), rtol=1e-5)
@@ -182,10 +167,10 @@ def test_a_weight_changed_by_somebody_else_is_noticed(digits):
     network = build("two_conv", (1, 8, 8), rng=0)
     full, delta = FullForward(network), DeltaForward(network)
     parameter = network.parameters()[2]
-    for judge in (full, delta):
-        judge.set_batch(digits.train_images[:50], digits.train_labels[:50])
+    for evaluator in (full, delta):
+        evaluator.set_batch(digits.train_images[:50], digits.train_labels[:50])
     for _ in range(2):
-        expected, found = (judge.losses(parameter, (3, 1, 0, 2), (0.1, 0.2)) for judge in (full, delta))
+        expected, found = (e.losses(parameter, (3, 1, 0, 2), (0.1, 0.2)) for e in (full, delta))
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         network.weights[::7] *= 1.5
 
@@ -194,11 +179,11 @@ def test_a_weight_changed_by_somebody_else_is_noticed(digits):
 def test_huge_steps_of_the_last_layer(step, digits):
     network = build("one_conv", (1, 8, 8), rng=0)
     full, delta = FullForward(network), DeltaForward(network)
-    for judge in (full, delta):
-        judge.set_batch(digits.train_images[:70], digits.train_labels[:70])
+    for evaluator in (full, delta):
+        evaluator.set_batch(digits.train_images[:70], digits.train_labels[:70])
     for parameter, index in ((network.parameters()[2], (3, 17)), (network.parameters()[3], (3,))):
         candidates = (parameter.value[index], np.float32(step), np.float32(-step))
-        expected, found = (judge.losses(parameter, index, candidates) for judge in (full, delta))
+        expected, found = (evaluator.losses(parameter, index, candidates) for evaluator in (full, delta))
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -211,13 +196,13 @@ def test_memory_is_bounded(digits):
             part = slice(100 * key, 100 * key + 100)
             delta.set_batch(digits.train_images[part], digits.train_labels[part], key)
             delta.losses(parameter, (0, 0), (0.0, 0.1))
-        held = [batch for batch in delta.batches.values() if batch.z is not None and batch is not delta.batch]
-        total = sum(batch.x.nbytes + batch.z.nbytes for batch in held)
+        held = [batch for batch in delta.cache.batches.values() if batch.values and batch is not delta.batch]
+        total = sum(batch.x.nbytes + sum(z.nbytes for z in batch.values.z.values()) for batch in held)
         assert 100_000 < total <= 200_000
 
 
 def test_fast_exp():
-    @changes.kernel
+    @kernel
     def exponentials(x, y):
         for i in range(len(x)):
             y[i] = softmax.fast_exp(x[i])
@@ -229,21 +214,19 @@ def test_fast_exp():
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 6, 6), (17, 3, 7, 5)], ids=str)
-@pytest.mark.parametrize("strip", [1, products.STRIP])
+@pytest.mark.parametrize("strip", [1, tiles.STRIP])
 def test_convolution_and_average_pool_in_one(shape, strip, rng, monkeypatch):
-    monkeypatch.setattr(products, "STRIP", strip)
+    monkeypatch.setattr(tiles, "STRIP", strip)
     x = cpu.pack(rng.standard_normal(shape, np.float32))
     weight, bias = rng.standard_normal((5, shape[1], 3, 3), np.float32), rng.standard_normal(5, np.float32)
-    merged, _ = cpu.conv2d_stage(x, no_tail(x), changes.merged_with_avgpool(weight), bias, None, stride=2)
+    merged, _ = conv2d_fused(x, no_epilogue(x), merged_with_avgpool(weight), bias, None, stride=2)
     apart = cpu.avgpool_forward(cpu.conv2d_forward(x, weight, bias))
     merged, apart = cpu.unpack(merged, shape[0]), cpu.unpack(apart, shape[0])
     np.testing.assert_allclose(merged, apart, rtol=1e-4, atol=1e-5)
 
 
-def test_what_delta_evaluation_cannot_do():
+def test_who_evaluates():
     network = build("one_conv", (1, 8, 8))
-    assert isinstance(make_evaluator("delta", network, "cpu", 0.0), DeltaForward)
-    assert isinstance(make_evaluator("delta", network, "numpy", 0.0), FullForward)
-    assert isinstance(make_evaluator("delta", network, "cpu", 0.0, unit="layer"), FullForward)
-    with pytest.raises(ValueError, match="does not end in a dense layer; use evaluation='full'"):
-        DeltaForward(Network([Conv2D(3), Flatten(), Dense(3), ReLU()], (1, 2, 2), 3))
+    assert isinstance(make_evaluator("delta", network, "cpu"), DeltaForward)
+    assert isinstance(make_evaluator("delta", network, "numpy"), PlainDeltaForward)
+    assert isinstance(make_evaluator("full", network, "cpu"), FullForward)

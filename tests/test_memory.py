@@ -7,8 +7,11 @@ import numba
 import numpy as np
 import pytest
 
-from rso_numba.kernels import changes, cpu, memory, tails
-from rso_numba.kernels.lanes import LANES
+from rso_numba.kernels import cpu
+from rso_numba.kernels.cpu import delta, memory
+from rso_numba.kernels.cpu.convolution import conv2d_fused
+from rso_numba.kernels.cpu.fusion import no_epilogue
+from rso_numba.kernels.cpu.lanes import LANES
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +71,7 @@ def test_sizes_that_nobody_asks_for_make_room(monkeypatch):
 
 
 def test_an_arena_holds_copies_in_the_same_memory_again(monkeypatch, rng):
-    monkeypatch.setattr(memory.Arena, "SLAB", 4096)
+    monkeypatch.setattr(memory.Arena, "CHUNK_BYTES", 4096)
     arena, arrays = memory.Arena(10_000), [rng.random((5, 3)), rng.random(200, np.float32)]
     for _ in range(2):
         held = [arena.hold(arrays) for _ in range(4)]
@@ -83,12 +86,12 @@ def test_an_arena_holds_copies_in_the_same_memory_again(monkeypatch, rng):
 
 
 def test_an_arena_is_bounded(monkeypatch):
-    monkeypatch.setattr(memory.Arena, "SLAB", 4096)
+    monkeypatch.setattr(memory.Arena, "CHUNK_BYTES", 4096)
     arena = memory.Arena(10_000)
     held = [arena.hold([np.zeros(1000, np.float32)]) for _ in range(4)]
     assert [copies is None for copies in held] == [False, False, True, True]
     arena.forget()
-    assert arena.hold([np.zeros(2400, np.float32)]) is not None  # slabs that are too small now make room
+    assert arena.hold([np.zeros(2400, np.float32)]) is not None  # chunks that are too small now make room
     assert arena.hold([np.zeros(1000, np.float32)]) is None
 
 
@@ -109,29 +112,29 @@ def test_scratch_is_the_same_for_the_same_arguments_of_one_thread(monkeypatch):
 
 def test_shares_are_all_blocks_in_their_order():
     for n_threads, n_blocks in ((1, 5), (2, 5), (3, 2), (4, 64), (5, 0)):
-        slabs = [memory.slab_of(thread) for thread in range(n_threads)]
-        shares = [memory.share_of(slab, 2 * n_threads, n_blocks) for slab in slabs]
+        workspaces = [memory.workspace_of(thread) for thread in range(n_threads)]
+        shares = [memory.block_range(t, 2 * n_threads, n_blocks) for t in workspaces]
         assert [b for share in shares for b in range(*share)] == list(range(n_blocks))
         sizes = [stop - start for start, stop in shares]
         assert max(sizes) - min(sizes) <= 1
 
 
-def test_the_slabs_between_those_of_threads_are_left_alone(monkeypatch, rng):
+def test_the_workspaces_between_those_of_threads_stay_unused(monkeypatch, rng):
     monkeypatch.setattr(memory, "_own", threading.local())
     monkeypatch.setattr(memory, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))
     n_blocks = numba.get_num_threads()
     x = cpu.pack(rng.standard_normal((n_blocks * LANES, 8, 12, 12), np.float32))
     weight, bias = rng.standard_normal((8, 8, 3, 3), np.float32), np.zeros(8, np.float32)
     for exact_zeros in (True, False):
-        cpu.conv2d_stage(x, tails.no_tail(x), weight, bias, n_blocks * LANES, exact_zeros=exact_zeros)
+        conv2d_fused(x, no_epilogue(x), weight, bias, n_blocks * LANES, exact_zeros=exact_zeros)
     cpu.conv2d_backward(x, weight, x)
     cpu.dense_forward(x, rng.standard_normal((3, x[0].size // LANES), np.float32), bias[:3])
-    u, _ = changes.change_of_channel(x, np.array([(0, 1, 1)]), np.ones(1, np.float32), 3, 1)
-    tail = tails.no_tail(u)
-    changes.tail_change(x, 0, u, np.float32(1), tail, tail)
-    slabs = {name: array for (name, *_), array in vars(memory._own).items() if name != "dweight"}
-    assert set(slabs) == {
-        "padded", "sums", "filters", "points", "products", "features", "room", "changed", "old"}
-    for array in slabs.values():
+    direction, _ = delta.channel_direction(x, np.array([(0, 1, 1)]), np.ones(1, np.float32), 3, 1)
+    epilogue = no_epilogue(direction)
+    delta.epilogue_change(x, 0, direction, np.float32(1), epilogue, epilogue)
+    workspaces = {name: array for (name, *_), array in vars(memory._own).items() if name != "dweight"}
+    assert set(workspaces) == {
+        "padded", "sums", "filters", "points", "products", "features", "tiles", "changed", "old"}
+    for array in workspaces.values():
         assert len(array) == 2 * n_blocks
         assert np.isnan(array[1::2]).all() and np.isfinite(array[::2, 0]).any()

@@ -1,56 +1,20 @@
 """Networks: weight counts, whole forward passes against nested loops, files, bad input."""
 
 import json
-from dataclasses import dataclass
 
 import naive
 import numpy as np
 import pytest
+from networks import naive_logits
 
 from rso_numba import models, sgd
 from rso_numba.kernels import cpu
-from rso_numba.kernels.tails import Pending
-from rso_numba.layers import (
-    AvgPool,
-    BatchNorm,
-    Conv2D,
-    Dense,
-    Flatten,
-    GlobalMaxPool,
-    Layer,
-    MaxPool,
-    Pass,
-    ReLU,
-    Standardize,
-)
+from rso_numba.kernels.cpu import chain as cpu_chain
+from rso_numba.kernels.cpu.activations import computed
+from rso_numba.kernels.cpu.fusion import Deferred
+from rso_numba.layers import AvgPool, BatchNorm, Conv2D, Dense, Flatten, ReLU
 from rso_numba.models import Network, build
-
-
-def naive_logits(network, images, batch_statistics):
-    """Logits by nested loops, from the weights of `network` and nothing else of it."""
-    state, x = network.state(), images
-    for layer in network.layers:
-        own = {name.split(".")[1]: a for name, a in state.items() if name.split(".")[0] == layer.name}
-        kind = type(layer).__name__
-        if kind == "Standardize":
-            x = naive.standardize(x, own["mean"], own["std"])
-        elif kind == "Conv2D":
-            x = naive.conv2d(x, own["weight"], own.get("bias"))
-        elif kind == "Dense":
-            x = naive.dense(x, own["weight"], own.get("bias"))
-        elif kind == "BatchNorm":
-            statistics = own["running_mean"], own["running_variance"]
-            if batch_statistics:
-                statistics = naive.batch_statistics(x)
-            x = naive.batchnorm(x, own["gamma"], own["beta"], *statistics, 1e-5)
-        else:
-            judge = {
-                "ReLU": naive.relu, "MaxPool": naive.maxpool, "AvgPool": naive.avgpool,
-                "GlobalMaxPool": naive.global_max, "GlobalMeanPool": naive.global_mean,
-                "Flatten": naive.flatten,
-            }
-            x = judge[kind](x)
-    return x
+from rso_numba.passes import Pass
 
 
 @pytest.mark.parametrize("name, n_weights", [
@@ -100,7 +64,7 @@ def test_forward_in_chunks_is_forward_at_once(backend, rng, monkeypatch):
     network = build("original", (1, 8, 8), rng=1)
     images = rng.random((37, 1, 8, 8), np.float32)
     at_once = network.forward(images, backend)
-    monkeypatch.setattr(models, "CHUNK", 16)
+    monkeypatch.setattr(models, "FORWARD_IMAGES", 16)
     np.testing.assert_allclose(network.forward(images, backend), at_once, rtol=1e-5, atol=1e-6)
 
 
@@ -263,91 +227,36 @@ def test_bad_images():
         network.evaluate(np.zeros((2, 1, 8, 8), np.float32), [0, 10])
 
 
-@dataclass(eq=False)
-class Residual(Layer):
-    """A skip connection as a user could write it today: x + branch(x), all through public hooks."""
-
-    branch: tuple
-
-    def leaves(self, shape):
-        for layer in self.branch:
-            yield from layer.leaves(shape)
-            shape = layer.output_shape(shape)
-
-    def forward(self, x, run):
-        y = x
-        for layer in self.branch:
-            y = layer.forward(y, run)
-        return x + y
-
-    def backward(self, dy, run):
-        dx = dy
-        for layer in reversed(self.branch):
-            dx = layer.backward(dx, run)
-        return dx + dy
+def test_a_batchnorm_does_the_relu_directly_behind_it(rng, monkeypatch):
+    x = cpu.pack(rng.standard_normal((3, 2, 4, 4), np.float32))
+    scale, shift = np.float32([1, 2]), np.float32([0.1, -0.2])
+    scaled = cpu.scale_shift(x, scale, shift)
+    y = cpu.relu_forward(scaled)
+    assert isinstance(y, Deferred) and y.z is x and y.epilogue.relu
+    pooled = cpu.avgpool_forward(y)
+    assert isinstance(pooled, Deferred) and pooled.z is x
+    assert not isinstance(cpu.relu_forward(pooled), Deferred)  # a pool is the last that can be deferred
+    np.testing.assert_array_equal(computed(y), cpu.relu_forward(computed(scaled)))
+    assert computed(y) is computed(y)  # nobody computes it twice
 
 
-def test_a_skip_connection_needs_no_rewrite(backend, rng):
-    from rso_numba import sgd
-
-    skip = Residual((Conv2D(3), BatchNorm(), ReLU(), Conv2D(3)))
-    layers = [Standardize(), Conv2D(3), skip, ReLU(), GlobalMaxPool(), Dense(2)]
-    network = Network(layers, (1, 4, 4), 2, dtype=np.float64 if backend == "numpy" else np.float32)
-    network.initialize("he", rng)
-    assert [p.layer for p in network.parameters()][2:8:2] == ["conv2", "batchnorm1", "conv3"]
-    images, labels = rng.random((6, 1, 4, 4), np.float32), np.array([0, 1, 0, 1, 0, 1])
-    found = sgd.gradients(network, images, labels, backend)
-
-    def loss(_):
-        x = naive.conv2d(images, layers[1].weight, layers[1].bias)
-        conv2, norm, _, conv3 = skip.branch
-        y = naive.conv2d(x, conv2.weight, conv2.bias)
-        y = naive.relu(naive.batchnorm(y, norm.gamma, norm.beta, *naive.batch_statistics(y), 1e-5))
-        x = naive.relu(x + naive.conv2d(y, conv3.weight, conv3.bias))
-        return naive.mean_loss(naive.dense(naive.global_max(x), layers[-1].weight, layers[-1].bias), labels)
-
-    if backend == "cpu":
-        assert np.isfinite(np.concatenate([g.ravel() for g in found])).all()
-        return
-    for parameter, gradient in zip(network.parameters(), found, strict=True):
-        for index in list(np.ndindex(parameter.value.shape))[::7]:
-            expected = naive.central_difference(loss, parameter.value, index)
-            assert gradient[index] == pytest.approx(expected, rel=1e-5, abs=1e-8)
-
-
-def test_a_batchnorm_does_the_relu_directly_behind_it():
-    relus = [ReLU() for _ in range(4)]
-    norms = [BatchNorm() for _ in range(3)]
-    chain = [relus[0], norms[0], relus[1], relus[2], norms[1], norms[2], relus[3], Flatten(), Dense(2)]
-    steps = models.Network(chain, (1, 2, 2), 2).steps
-    alone, both = ({}, {}), ({"with_relu": True}, {"with_relu": True})
-    assert steps[:3] == [(relus[0], *alone), (norms[0], *both), (relus[2], *alone)]
-    assert steps[3:5] == [(norms[1], *alone), (norms[2], *both)]
-    assert [step[0] for step in steps[5:]] == chain[-2:]
-
-
-def test_zeros_stay_exact_unless_a_batchnorm_is_next():
+def test_zeros_stay_exact_unless_a_batchnorm_is_next(monkeypatch):
+    seen, forward, forward_before_norm = [], cpu.conv2d_forward, cpu_chain.BEFORE_NORM.conv2d_forward
+    monkeypatch.setattr(cpu, "conv2d_forward", lambda *a: seen.append(False) or forward(*a))
+    monkeypatch.setattr(cpu_chain.BEFORE_NORM, "conv2d_forward",
+                        lambda *a: seen.append(True) or forward_before_norm(*a))
     chain = [Conv2D(2), ReLU(), Conv2D(2), BatchNorm(), Conv2D(2), AvgPool(), BatchNorm(),
              Conv2D(2), AvgPool(), ReLU(), Flatten(), Dense(2)]
-    steps = models.Network(chain, (1, 4, 4), 2).steps
-    assert [step[1] for step in steps if isinstance(step[0], Conv2D)] == [
-        {}, {"exact_zeros": False}, {"exact_zeros": False}, {}]
-
-
-def test_a_batchnorm_is_left_to_a_convolution_that_is_next():
-    chain = [BatchNorm(), Conv2D(2), BatchNorm(), ReLU(), AvgPool(), Conv2D(2), BatchNorm(), AvgPool(),
-             AvgPool(), Conv2D(2), BatchNorm(), MaxPool(), Conv2D(2), BatchNorm(), AvgPool(), Flatten(),
-             Dense(2)]
-    steps = models.Network(chain, (1, 32, 32), 2).steps
-    assert [step[1] for step in steps if isinstance(step[0], BatchNorm)] == [
-        {"lazy": True}, {"with_relu": True, "lazy": True}, {}, {}, {}]
+    models.Network(chain, (1, 4, 4), 2).forward(np.zeros((2, 1, 4, 4), np.float32))
+    assert seen == [False, True, True, False]
 
 
 def test_the_maps_between_convolutions_are_not_made(rng):
     network, run = build("original", (1, 8, 8), rng=0), Pass(cpu, 3, batch_statistics=True, saved={})
     network.propagate(cpu.pack(rng.random((3, 1, 8, 8), np.float32)), run)
-    pending = {name for name, (x, *_) in run.saved.items() if isinstance(x, Pending)}
-    assert pending == {"conv2", "avgpool1", "conv3", "conv4", "avgpool2", "conv5", "conv6"}
+    deferred = {name for name, (x, *_) in run.saved.items() if isinstance(x, Deferred)}
+    assert {"conv1", "conv2", "avgpool1", "conv3", "conv4", "avgpool2", "conv5", "conv6"} <= deferred
+    assert not any(x.numbers is not None for name, (x, *_) in run.saved.items() if name.startswith("conv"))
 
 
 def test_a_filter_of_nothing_gives_exactly_its_bias(backend, rng):

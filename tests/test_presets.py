@@ -8,6 +8,7 @@ import pytest
 from rso_numba import rso
 from rso_numba.batches import Fresh, Partition, Slices
 from rso_numba.kernels import plain
+from rso_numba.layers import BatchNorm, Conv2D, Dense, Flatten
 from rso_numba.models import Network, build
 from rso_numba.presets import PRESETS, resolve
 from rso_numba.visits import annealing_factor, draw_step, sigmas, visiting_order, visits, weight_indices
@@ -241,7 +242,8 @@ def test_test_statistics_authors_are_those_of_the_first_2000(digits, preset, cal
     monkeypatch.setattr(rso, "CALIBRATION_IMAGES", 100)
     network = build("paper_mnist", (1, 8, 8), rng=0, preset=preset)
     data = digits.subset(120, 10, rng=0)
-    rso.train(network, data, rounds=1, batch_size=10, rng=0, preset=preset, unit="layer", backend="numpy")
+    rso.train(network, data, rounds=1, batch_size=10, rng=0, preset=preset, unit="layer", backend="numpy",
+              search_statistics="batch", evaluation="full")
     assert len(seen) == (2 if calibrated else 0)
     assert all(len(images) == 100 for images in seen)
 
@@ -281,3 +283,58 @@ def test_hold_filter_keeps_the_batch_of_an_output_channel(small, monkeypatch):
     assert len(drawn) == 640 + 10 + 4 + 4  # the channel changes with every dense weight
     with pytest.raises(ValueError, match="hold is 'filter' and unit is 'layer'"):
         some_trials(small, hold="filter", unit="layer")
+
+
+@pytest.mark.parametrize("preset, epsilon", [("paper", 1e-5), ("authors", 1e-3), ("notebook", 1e-5)])
+def test_epsilon_of_batchnorm(preset, epsilon, tmp_path):
+    network = build("paper_mnist", (1, 8, 8), rng=0, preset=preset)
+    network.save(tmp_path / "network.npz")
+    for one in (network, Network.load(tmp_path / "network.npz")):
+        assert {leaf.epsilon for leaf in one.leaves if isinstance(leaf, BatchNorm)} == {epsilon}
+    with pytest.raises(ValueError, match="epsilon is -1"):
+        resolve("paper", epsilon=-1)
+
+
+@pytest.mark.parametrize("evaluation, backend", [("full", "numpy"), ("delta", "numpy"), ("delta", "cpu")])
+def test_the_authors_search_uses_fixed_statistics(evaluation, backend, small):
+    """In the last layer all of them; before another layer those that the last calibration has left."""
+    network = build("paper_mnist", (1, 8, 8), rng=0, preset="authors")
+    network.weights += np.random.default_rng(0).normal(0, 0.01, network.n_weights).astype(np.float32)
+    calibrated = build("paper_mnist", (1, 8, 8), rng=0, preset="authors")
+    calibrated.set_state(network.state())
+    calibrated.fit_scaling(small.train_images)
+    calibrated.calibrate(small.train_images)
+    stream = rso.trials(network, small, 1, 70, "authors", rng=0, evaluation=evaluation, backend=backend)
+    weight, decay = calibrated.parameters()[-1].value, np.float32(1 - 1e-4)
+    for trial in stream:  # with slices of 70, every mini-batch is the whole training set
+        if trial.layer != "dense1":
+            break
+        weight[trial.index] = trial.before * decay
+        loss, _ = calibrated.evaluate(small.train_images, small.train_labels)
+        assert trial.losses[0] == pytest.approx(loss, rel=1e-5)
+        weight[trial.index] = trial.after
+
+
+@pytest.mark.parametrize("evaluation, backend", [("full", "numpy"), ("delta", "numpy"), ("delta", "cpu")])
+def test_fixed_statistics_hold_before_the_searched_layer_only(evaluation, backend, small):
+    losses = {}
+    for statistics in ("fixed", "batch"):
+        network = build("paper_mnist", (1, 8, 8), rng=0, preset="authors")
+        stream = rso.trials(network, small, 1, 20, "authors", rng=0, search_statistics=statistics,
+                            order="first_last", trained=("weight",), evaluation=evaluation, backend=backend)
+        losses[statistics] = [trial.losses for trial in islice(stream, 146)]
+    assert losses["fixed"][:144] == losses["batch"][:144]  # nothing stands before conv1
+    assert losses["fixed"][144:] != losses["batch"][144:]  # batchnorm1 stands before conv2
+
+
+@pytest.mark.parametrize("unit, n_trials", [("filter", 3), ("layer", 3), ("network", 1)])
+def test_fixed_statistics_with_larger_units(unit, n_trials, small):
+    network = build("paper_mnist", (1, 8, 8), rng=0, preset="authors")
+    stream = rso.trials(network, small, 1, 20, "authors", rng=0, unit=unit, evaluation="full")
+    assert all(np.isfinite(trial.losses).all() for trial in islice(stream, n_trials))
+
+
+def test_fixed_statistics_need_a_graph(small):
+    network = Network([Conv2D(2), Flatten(), BatchNorm(), Dense(10)], (1, 8, 8), 10)
+    with pytest.raises(ValueError, match="stands behind a Flatten.*use search_statistics='batch'"):
+        rso.trials(network, small, 1, 20, "authors", rng=0, evaluation="full")

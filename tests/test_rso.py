@@ -120,8 +120,8 @@ def test_a_step_into_nan_is_never_kept(small, backend):
 def test_an_interrupted_trial_leaves_the_weight_as_it_was(small, monkeypatch):
     network = build("one_conv", (1, 8, 8), rng=0)
     before = network.weights.copy()
-    judge = evaluators.FullForward(network, "numpy")
-    judge.set_batch(small.train_images, small.train_labels)
+    evaluator = evaluators.FullForward(network, "numpy")
+    evaluator.set_batch(small.train_images, small.train_labels)
     calls = []
 
     def interrupted(logits, labels):
@@ -130,9 +130,9 @@ def test_an_interrupted_trial_leaves_the_weight_as_it_was(small, monkeypatch):
             raise KeyboardInterrupt
         return 0.0
 
-    monkeypatch.setattr(judge.kernels, "mean_loss", interrupted)
+    monkeypatch.setattr(evaluator.kernels, "mean_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        judge.losses(network.parameters()[0], (0, 0, 0, 0), (1.0, 2.0, 3.0))
+        evaluator.losses(network.parameters()[0], (0, 0, 0, 0), (1.0, 2.0, 3.0))
     np.testing.assert_array_equal(network.weights, before)
 
 

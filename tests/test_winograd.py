@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
-from rso_numba.kernels import cpu, plain, products, tails, winograd
+from rso_numba.kernels import cpu, formulas, plain
+from rso_numba.kernels.cpu import convolution, tiles, winograd
+from rso_numba.kernels.cpu.convolution import conv2d_before_norm, conv2d_fused
+from rso_numba.kernels.cpu.fusion import Epilogue, no_epilogue
 
 # (N, C_in, H, W), C_out: ragged blocks, tiles that hang over an edge, an odd number of tiles, more channels
 # than a tile has
@@ -19,15 +22,15 @@ def draw(rng, shape, n_filters, dtype=np.float32):
 
 
 @cases
-@pytest.mark.parametrize("strip", [products.STRIP, 1])
-@pytest.mark.parametrize("streamed", [0, 2**40])
-def test_outputs_and_statistics(shape, n_filters, strip, streamed, rng, monkeypatch):
-    monkeypatch.setattr(products, "STRIP", strip)
-    monkeypatch.setattr(cpu, "STREAMED", streamed)
+@pytest.mark.parametrize("strip", [tiles.STRIP, 1])
+@pytest.mark.parametrize("size", [0, 2**40])
+def test_outputs_and_statistics(shape, n_filters, strip, size, rng, monkeypatch):
+    monkeypatch.setattr(tiles, "STRIP", strip)
+    monkeypatch.setattr(convolution, "NONTEMPORAL_BYTES", size)
     x, weight, bias = draw(rng, shape, n_filters)
     expected = plain.conv2d_forward(*(a.astype(np.float64) for a in (x, weight, bias)))
     x = cpu.pack(x)
-    found, (mean, variance) = cpu.conv2d_stage(x, tails.no_tail(x), weight, bias, shape[0])
+    found, (mean, variance) = conv2d_fused(x, no_epilogue(x), weight, bias, shape[0])
     np.testing.assert_allclose(cpu.unpack(found, shape[0]), expected, atol=1e-5 * expected.std())
     np.testing.assert_allclose(mean, expected.mean((0, 2, 3)), atol=1e-6 * expected.std())
     np.testing.assert_allclose(variance, expected.var((0, 2, 3)), rtol=1e-5)
@@ -36,19 +39,19 @@ def test_outputs_and_statistics(shape, n_filters, strip, streamed, rng, monkeypa
 @cases
 def test_it_is_exact_but_for_rounding(shape, n_filters, rng):
     x, weight, bias = draw(rng, shape, n_filters, np.float64)
-    found = cpu.unpack(cpu.conv2d_forward(cpu.pack(x), weight, bias, False), shape[0])
+    found = cpu.unpack(conv2d_before_norm(cpu.pack(x), weight, bias), shape[0])
     np.testing.assert_allclose(found, plain.conv2d_forward(x, weight, bias), atol=1e-12)
 
 
-@pytest.mark.parametrize("pool", [tails.KEEP, tails.MAX])
-def test_of_a_tail(pool, rng, monkeypatch):
+@pytest.mark.parametrize("pool", [formulas.NO_POOL, formulas.MAX])
+def test_of_an_epilogue(pool, rng, monkeypatch):
     shape = 17, 9, 14, 12
     x, weight, bias = draw(rng, shape, 8)
     scale, shift = rng.standard_normal((2, 9), np.float32)
-    tail = tails.Tail(scale, shift, True, pool)
-    found, _ = cpu.conv2d_stage(cpu.pack(x), tail, weight, bias, None)
-    monkeypatch.setattr(cpu, "pays", lambda *_: False)
-    direct, _ = cpu.conv2d_stage(cpu.pack(x), tail, weight, bias, None)
+    epilogue = Epilogue(scale, shift, True, pool)
+    found, _ = conv2d_fused(cpu.pack(x), epilogue, weight, bias, None)
+    monkeypatch.setattr(convolution, "pays", lambda *_: False)
+    direct, _ = conv2d_fused(cpu.pack(x), epilogue, weight, bias, None)
     assert np.any(found != direct)
     np.testing.assert_allclose(found, direct, atol=1e-5 * direct.std())
 

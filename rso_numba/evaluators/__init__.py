@@ -1,4 +1,4 @@
-"""Answers to one question: what is the loss of this mini-batch with this weight changed?
+"""The evaluators answer one question: what the loss of a mini-batch is if one weight is changed.
 
 Every evaluator has the same three methods, and the search loop never knows which one it has:
 
@@ -12,31 +12,34 @@ One that would have to wait long for each answer may have a fourth, `decide(sear
 search with a `Recorder`, which notes what is asked and answers nothing, and decides many trials at a time.
 """
 
-import contextlib
+import warnings
 
 from .. import kernels
+from .delta_plain import PlainDeltaForward
 from .full import FullForward
+from .graph import NoDelta
 
-__all__ = ["CudaForward", "DeltaForward", "FullForward", "make_evaluator"]  # noqa: F822  (see __getattr__)
+__all__ = ["CudaForward", "DeltaForward", "FullForward", "NoDelta",  # noqa: F822  (see __getattr__)
+           "PlainDeltaForward", "make_evaluator"]
 
 EVALUATIONS = ("delta", "full")
 
 
-def make_evaluator(evaluation, network, backend, momentum, unit="weight"):
+def make_evaluator(evaluation, network, backend="cpu", momentum=0.0, unit="weight", fixed_images=None):
     """Return the evaluator for a search.
 
     Parameters
     ----------
     evaluation : {"delta", "full"}
-        Compute only what a weight changes, or everything. The losses are the same. The `numpy`
-        backend, steps that change more than one weight, and on a GPU networks that are no chain
-        are always evaluated in full.
+        Compute only what a weight changes, or everything. The losses are the same.
     network : Network
     backend : {"cpu", "numpy", "cuda", "auto"}
     momentum : float
         How far each mini-batch moves BatchNorm's running statistics.
     unit : str
         See `Preset.unit`.
+    fixed_images : ndarray (N, C, H, W) or None
+        If given, BatchNorms before the layer that is being searched use the statistics of these images.
 
     Raises
     ------
@@ -44,32 +47,42 @@ def make_evaluator(evaluation, network, backend, momentum, unit="weight"):
         If there is no such evaluation or backend.
     GpuError
         If the backend is "cuda" and does not work here.
+
+    Warns
+    -----
+    UserWarning
+        If delta evaluation cannot be done, on any backend: then everything is computed in full.
     """
     if evaluation not in EVALUATIONS:
         raise ValueError(f"unknown evaluation {evaluation!r}; known evaluations: {', '.join(EVALUATIONS)}")
     backend = kernels.resolve(backend)
-    if evaluation == "delta" and backend == "cpu" and unit == "weight":
-        from .delta import DeltaForward
+    kernels.backend(backend)  # says what is missing, if anything is
+    if evaluation == "delta":
+        try:
+            if unit != "weight":
+                raise NoDelta(f"a step changes a whole {unit} (unit={unit!r})")
+            return _delta_forward(backend)(network, momentum, fixed_images)
+        except NoDelta as reason:
+            warnings.warn(f"every loss is computed by a whole forward pass, because {reason}, which delta "
+                          "evaluation cannot do; evaluation='full' does the same without this warning",
+                          stacklevel=3)
+    return FullForward(network, backend, momentum, fixed_images)
 
-        return DeltaForward(network, momentum)
-    if evaluation == "delta" and backend == "cuda" and unit == "weight":
-        kernels.backend("cuda")  # says what is missing, if anything is
-        from .cuda import CudaForward
-        from .stages import NotAChain
 
-        with contextlib.suppress(NotAChain):
-            return CudaForward(network, momentum)
-    return FullForward(network, backend, momentum)
-
-
-def __getattr__(name):
-    # these import Numba, which takes a second: not before somebody wants it
-    if name == "DeltaForward":
+def _delta_forward(backend):
+    """Return the class; two of them import Numba, which takes a second: not before somebody wants it."""
+    if backend == "numpy":
+        return PlainDeltaForward
+    if backend == "cpu":
         from .delta import DeltaForward
 
         return DeltaForward
-    if name == "CudaForward":
-        from .cuda import CudaForward
+    from .cuda import CudaForward
 
-        return CudaForward
+    return CudaForward
+
+
+def __getattr__(name):
+    if name in ("DeltaForward", "CudaForward"):
+        return _delta_forward("cpu" if name == "DeltaForward" else "cuda")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,25 +1,25 @@
 """The search on the GPU: what a weight changes is computed there, and the decision is made there.
 
-As in `delta.py`, a network is cut into stages, and a weight of stage d changes one channel k of its output.
-Here all three candidates are computed side by side, and no sum is moved by a difference:
+As in `delta.py`, a network is a `Graph`, and a weight changes one channel k of a node d. Here all three
+candidates are computed side by side, and no sum is moved by a difference:
 
-    x of stage d, kept for each mini-batch that comes back
-    | one channel of the mixing layer, with three filters
-    z_k (3 candidates as channels), behind it the layers that treat every channel by itself
-    | W_next[:, k] * a_k, on top of what all other channels contribute, kept while channel k is searched
-    z_next (3 candidates as blocks), and all that follows in full
+    x of node d, kept for each mini-batch that comes back
+    | one channel of its linear layer, with three filters
+    z_k (3 candidates as channels); also channel k of the nodes that additions lead to
+    | W[:, k] * a_k, on top of the bases: what all other channels contribute, kept while k is searched
+    z of the nodes behind (3 candidates as blocks), from there on in full
     | losses, decision: the winner is written into the weights on the GPU, and into the record of the trial
 
 So nothing drifts, and while channel k is searched, a mini-batch that comes back has nothing to catch up with:
-the weights that changed are those that z_k is computed from. Where another channel is searched, the stage is
-computed once more for each mini-batch. In the last stage one launch decides many trials
-(`kernels/cuda_last.py`).
+the weights that changed are those that z_k is computed from. Where another channel is searched, the bases are
+computed once more for each mini-batch. In the last layer one launch decides many trials
+(`kernels/cuda/last_layer.py`).
 
 The host starts kernels and waits for none, until it reads the records of a group of trials; only a mini-batch
 that is new has to be copied to the GPU, which waits. Memory there, in bytes, for n images rounded up to
-whole blocks: mini-batches that come back take at most `memory`, each 4 n (numbers in x + in z_next); beside
-that, a trial takes 4 n (numbers in the outputs of stages 0..d + three times those of later stages, where
-a pool's output comes on top of its stage's).
+whole blocks: mini-batches that come back take at most `memory`, each 4 n (numbers in x + in the bases, and in
+an image if a skip leads around d); beside that, a trial takes 4 n (numbers in the nodes that the bases need +
+three times those of nodes behind, where what a pool makes comes on top of its node).
 """
 
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..kernels import cuda
-from ..kernels.cuda_changes import (
+from ..kernels.cuda.delta import (
     AFTER,
     BEFORE,
     CHOICE,
@@ -38,30 +38,34 @@ from ..kernels.cuda_changes import (
     decide_kernel,
     follow_kernel,
 )
-from ..kernels.cuda_device import LANES, THREADS, empty, gpu_errors, launch, to_device, to_host
-from ..kernels.cuda_last import WHERE
-from ..layers import Pass
-from .cuda_plans import DeviceStage, Plan, start_all
+from ..kernels.cuda.device import LANES, THREADS, empty, gpu_errors, launch, to_device, to_host
+from ..kernels.cuda.last_layer import WHERE
+from ..kernels.cuda.layout import by_row
+from ..kernels.cuda.softmax import loss_sums_kernel
+from ..passes import Pass
+from .cuda_nodes import NO_CHANNEL, DeviceLinear, start_all
+from .cuda_plans import Kept, LaunchPlan, copied
 from .cuda_slots import Slots
+from .graph import Graph
+from .kinds import Kinds
 from .recorder import recorded
-from .stages import cut
 
 GROUP = 256  # trials between two reads
-NO_CHANNEL = -1
 
 
 @dataclass(eq=False)
 class Batch:
-    """A mini-batch, and what is known about it in the stage that is being searched."""
+    """A mini-batch, and what is known about it while a node is searched."""
 
     images: np.ndarray
     labels: np.ndarray
-    plan: Plan | None = None
+    plan: LaunchPlan | None = None
     on_device: object = None  # labels
-    x: object = None  # input of the stage, as its kernel takes it
-    others: object = None  # what the channels but k contribute to z_next
-    era: int = 0  # in which visit of a channel `others` were computed
-    statistics: dict = field(default_factory=dict)  # of BatchNorms up to this stage, (2, 1, C)
+    first: object = None  # value of node 0, if it is kept because the bases need it
+    kept: Kept | None = None
+    trial: list = ()  # launches from the filters of the candidates to their logits
+    era: int = 0  # in which visit of a channel the bases were computed
+    statistics: dict = field(default_factory=dict)  # that BatchNorms took with the weights as they are
 
 
 class CudaForward:
@@ -72,31 +76,28 @@ class CudaForward:
     network : Network
     momentum : float
         How far each mini-batch moves BatchNorm's running statistics.
+    fixed_images : ndarray (N, C, H, W) or None
+        If given, BatchNorms before the layer that is being searched use the statistics of these images.
     memory : float
         Bytes on the GPU that may hold mini-batches that come back (those that `set_batch` gets with a
         key). What does not fit is computed anew at each visit.
 
     Raises
     ------
-    ValueError
-        If the network is no chain of mixing and channelwise layers that ends in a dense layer.
+    NoDelta
+        If the network is none that delta evaluation can take: see `Graph`.
     """
 
-    def __init__(self, network, momentum=0.0, memory=3.5e9):
+    def __init__(self, network, momentum=0.0, fixed_images=None, memory=3.5e9):
         self.network, self.momentum, self.memory = network, np.float32(momentum), memory
-        self.head, stages = cut(network)
+        self.graph, self.fixed_images = Graph(network), fixed_images
+        self.last = self.graph.nodes[-1]
         self.known, self.weights = network.weights.copy(), to_device(network.weights)
-        self.known_value, parameters = network.views(self.known), network.views(self.weights)
+        self.known_value, self.parameters = network.views(self.known), network.views(self.weights)
         self.first = {name: int(a.flat[0]) for name, a in network.views(np.arange(network.n_weights)).items()}
-        shape, shapes = network.image_shape, {}
-        for layer in network.layers:
-            shapes[layer.name], shape = shape, layer.output_shape(shape)
-        self.stages = [DeviceStage(stage, shapes[stage.mixing.name], parameters, self.first)
-                       for stage in stages]
-        self.stage_of = {layer.name: d for d, stage in enumerate(stages)
-                         for layer in (stage.mixing, *stage.layers)}
-        self.norms = {layer.name: layer for stage in stages for layer in stage.layers
-                      if f"{layer.name}.gamma" in self.first}
+        self.linears = {node: DeviceLinear(node, self.parameters) for node in self.graph.nodes if node.linear}
+        self.node_of_norm = {norm.name: node for node in self.graph.nodes for norm in node.norms}
+        self.norms = {norm.name: norm for node in self.graph.nodes for norm in node.norms}
         self.running = {name: empty((2, len(norm.gamma)), np.float32) for name, norm in self.norms.items()}
         self.records = empty((GROUP, RECORD), np.float64)
         self.batch, self.key = None, None
@@ -120,7 +121,7 @@ class CudaForward:
         try:
             for i, candidate in enumerate(candidates):
                 self._put(position, candidate)
-                if self.d == len(self.stages) - 1:
+                if self.node is self.last:
                     losses[i] = self._whole_loss()
                 else:
                     self._trial(0, position, np.float32(0), np.float32(1))
@@ -166,7 +167,7 @@ class CudaForward:
             n, position = len(group), self._begin(parameter, trial.index, is_first=not group)
             if self.slots:
                 index = trial.index
-                k, j = index if len(index) == 2 else (*index, self.stages[-1].n_in)
+                k, j = index if len(index) == 2 else (*index, self.linears[self.last].n_in)
                 where[n] = position, k, j, self._slot(), len(self.batch.labels)
                 deltas[n] = trial.delta
             else:
@@ -203,32 +204,37 @@ class CudaForward:
 
         `is_first` says that no trial waits to be read: else the GPU is ahead of the network.
         """
-        d = self.stage_of[parameter.layer]
+        node = self.graph.node_of[parameter.layer]
         if is_first:
             if not np.array_equal(self.known, self.network.weights):  # somebody else has changed them
                 self.known[:] = self.network.weights
                 with gpu_errors():
                     self.weights.copy_to_device(self.known)
-                self.d = None
-            if d != self.d or (self.slots and self.slots.n_logged + GROUP > self.slots.n_log):
-                self._enter(d)
+                self.node = None
+            if node is not self.node or (self.slots and self.slots.n_logged + GROUP > self.slots.n_log):
+                self._enter(node, parameter.layer)
             self._write_running()
         if index[0] != self.k:
             self.k, self.era = index[0], self.era + 1
         return self.first[str(parameter)] + int(np.ravel_multi_index(index, parameter.value.shape))
 
-    def _enter(self, d):
-        """Begin to search stage d, with nothing remembered."""
-        self.d, self.k, self.era = d, NO_CHANNEL, 0
+    def _enter(self, node, layer=None):
+        """Begin to search a node, with nothing remembered."""
+        self.node, self.k, self.era, self.fixed = node, NO_CHANNEL, 0, frozenset()
         self.plans, self.batches, self.held_bytes, self.slots = {}, {}, 0, None
         if self.batch is not None:
             self.batch = Batch(self.batch.images, self.batch.labels)
-        if d == len(self.stages) - 1:
-            last = self.stages[-1]
-            n_weights = last.weight.size + last.shape[0]
-            self.slots = Slots(last.n_in, last.shape[0], n_weights + 2 * GROUP, self.memory)
-        for stage in self.stages:
-            start_all(stage.merge())
+        if node is None:
+            return
+        self.kinds = Kinds(self.graph, node)
+        if self.fixed_images is not None:
+            self.network.calibrate(self.fixed_images, "cuda")
+            self.fixed = self.graph.norms_before(layer)
+        if node is self.last:
+            n_classes, n_in = self.linears[node].weight.shape
+            self.slots = Slots(n_in, n_classes, n_classes * (n_in + 1) + 2 * GROUP, self.memory)
+        for linear in self.linears.values():
+            start_all(linear.merge())
 
     def _put(self, position, value):
         with gpu_errors():
@@ -240,55 +246,49 @@ class CudaForward:
     # ---- what a trial needs ----
 
     def _trial(self, trial, position, delta, decay):
-        """Start all that decides a trial of a weight that is not in the last stage."""
-        batch, stage, following = self.batch, *self.stages[self.d : self.d + 2]
-        if batch.x is None:
-            self._input()
+        """Start all that decides a trial of a weight that is not in the last layer."""
+        batch = self.batch
         if batch.era != self.era:
-            self._mix_others()
-        plan, k = batch.plan, self.k
-        part = plan.n_blocks, 0, k * plan.width, plan.width
+            self._compute_bases()
+        plan = batch.plan
         start_all([
             (candidates_kernel, -(-(plan.filters.size + plan.singles.size) // THREADS), (
-                trial, self.weights, position, k, delta, decay, stage.filter_first, stage.origins,
+                trial, self.weights, position, self.k, delta, decay, plan.filter_first, plan.origins,
                 plan.filters, plan.singles, self.records)),
-            *plan.merging,
-            stage.mix(batch.x, plan.z_k, filters=plan.kernel_filters, bias=plan.bias_k),
-            *plan.behind_k,
-            following.mix(plan.a_k, plan.z_next, part, batch.others),
-            *plan.after,
-            (cuda.loss_sums_kernel, len(plan.logits), (plan.logits, batch.on_device, plan.sums)),
+            *batch.trial,
+            (loss_sums_kernel, len(plan.logits), (plan.logits, batch.on_device, plan.sums)),
             (decide_kernel, 1, (trial, self.weights, position, delta, decay, plan.sums, plan.n_images,
                                 self.records)),
         ])
-        if self.is_new:
-            for name, statistics in batch.statistics.items():
-                self._follow(name, statistics, but=k if self.stage_of[name] == self.d else NO_CHANNEL)
-            for name, statistics in plan.statistics_k.items():
-                self._follow(name, statistics, k, 1)
-            for name, statistics in plan.later_statistics.items():
-                self._follow(name, statistics)
-        self.is_new = False
+        self._follow_all()
 
-    def _input(self):
-        """Compute the input of stage d for the mini-batch, and keep it if there is room."""
-        batch, stage, n_images = self.batch, self.stages[self.d], len(self.batch.labels)
+    def _arrive(self):
+        """Compute the input of the node for a mini-batch, and keep what it takes if there is room."""
+        batch, n_images = self.batch, len(self.batch.labels)
         if n_images not in self.plans:
-            self.plans[n_images] = Plan(self.stages, self.d, n_images)
+            self.plans[n_images] = LaunchPlan(self.kinds, self.linears, self.parameters, self.first, n_images,
+                                              self.fixed)
         batch.plan = plan = self.plans[n_images]
         x, run = cuda.pack(batch.images), Pass(cuda, n_images)
-        for layer in self.head:
+        for layer in self.graph.head:
             x = layer.forward(x, run)
-        for before, z, behind, a in zip(self.stages[: self.d], plan.z, plan.behind, plan.a, strict=False):
-            start_all([before.mix(before.view(x), before.view(z)), *behind])
-            x = a
+        x = x.reshape(plan.images.shape)
         batch.on_device = to_device(batch.labels)
-        self._remember(batch, range(self.d))
-        if not self.slots:
-            is_held = self._hold(4 * (x.size + plan.others.size))
-            batch.others = empty(plan.others.shape, np.float32) if is_held else plan.others
-            x = copied(x) if is_held and self.d > 0 else x
-        batch.x = stage.view(x)
+        self._start_before(x)
+        batch.kept = plan.kept
+        if self.node is not self.last:
+            first = None if self.kinds.by_input else x
+            if self._hold(plan.kept.n_bytes + (0 if first is None else 4 * first.size)):
+                batch.first, batch.kept = first, plan.kept.own()
+
+    def _start_before(self, x):
+        """Compute the nodes before the searched one, from the value x of node 0."""
+        plan = self.batch.plan
+        if x is not plan.images:
+            with gpu_errors():
+                plan.images.copy_to_device(x)
+        start_all(plan.before)
+        self._remember(plan.norms_before)
 
     def _hold(self, n_bytes):
         """Return whether the mini-batch is kept until it comes back, and take note if it is."""
@@ -298,63 +298,70 @@ class CudaForward:
         self.batches[self.key] = self.batch
         return True
 
-    def _mix_others(self):
-        """Compute what all channels but k contribute to the output of the next mixing layer."""
-        batch, d, k, plan = self.batch, self.d, self.k, self.batch.plan
-        stage, following = self.stages[d : d + 2]
-        a, n = following.view(plan.a[d]), following.n_in
-        start_all([*stage.merge(), stage.mix(batch.x, stage.view(plan.z[d])), *plan.behind[d]])
-        ranges = [(0, k * plan.width), ((k + 1) * plan.width, n)]
-        n_start = 0
-        for first, end in [r for r in ranges if r[1] > r[0]] or [(0, 0)]:
-            part = n_start, first, first, end - first
-            start_all([following.mix(a, batch.others, part, batch.others)])
-            n_start = plan.n_blocks
+    def _compute_bases(self):
+        """Compute what all channels but k contribute to the nodes behind."""
+        batch = self.batch
+        if batch.plan is None:
+            self._arrive()
+        elif not self.kinds.by_input:
+            self._start_before(batch.plan.images if batch.first is None else batch.first)
+        bases, batch.trial = batch.plan.launches(self.k, batch.kept)
+        start_all(bases)
         batch.era = self.era
-        self._remember(batch, [d])
+        before, all_norms = batch.plan.norms_before, batch.plan.as_is.statistics
+        self._remember([name for name in all_norms if name not in before])
 
     def _slot(self):
-        """Return the slot of the mini-batch in the last stage."""
+        """Return the slot of the mini-batch in the last layer."""
         if self.key not in self.slots.of:
             if not self.slots.has_room(self.key, self._n_blocks()):
                 self.slots.forget()
-            self._input()
-            logits = self.batch.plan.logits
-            start_all([self.stages[-1].mix(self.batch.x, logits)])
-            self.slots.add(self.key, self.batch.x, logits, self.batch.on_device)
+            self._compute_logits()
+            plan = self.batch.plan
+            self.slots.add(self.key, by_row(plan.kept.x), plan.logits, self.batch.on_device)
             if self.comes_back:
                 self.batches[self.key] = self.batch
         self._follow_all()
         return self.slots.of[self.key]
 
+    def _compute_logits(self):
+        """Compute the logits of the mini-batch when the last layer is searched."""
+        self._arrive()
+        start_all(self.batch.plan.compute_logits())
+
     def _whole_loss(self):
-        """Return the loss of the mini-batch, from the input of the last stage on."""
-        self._input()
+        """Return the loss of the mini-batch when the last layer is searched."""
+        self._compute_logits()
         plan = self.batch.plan
-        start_all([self.stages[-1].mix(self.batch.x, plan.logits),
-                   (cuda.loss_sums_kernel, plan.n_blocks, (plan.logits, self.batch.on_device, plan.sums))])
+        start_all([(loss_sums_kernel, plan.n_blocks, (plan.logits, self.batch.on_device, plan.sums))])
         self._follow_all()
         return to_host(plan.sums).sum() / plan.n_images
 
     # ---- BatchNorm's running statistics ----
 
-    def _remember(self, batch, stages):
-        """Keep the statistics that BatchNorms of these stages took: the buffers serve other mini-batches."""
+    def _remember(self, norms):
+        """Keep the statistics that BatchNorms took: the buffers serve other mini-batches."""
         if self.momentum:
-            batch.statistics.update({name: copied(s) for name, s in batch.plan.statistics.items()
-                                     if self.stage_of[name] in stages})
+            known = self.batch.plan.as_is.statistics
+            self.batch.statistics.update({name: copied(known[name]) for name in norms})
 
     def _follow_all(self):
-        if self.is_new:
+        """Let the running statistics follow a new mini-batch."""
+        if self.is_new and self.momentum:
             for name, statistics in self.batch.statistics.items():
-                self._follow(name, statistics)
+                changes = self.node_of_norm[name] in self.kinds.one
+                self._follow(name, statistics, but=self.k if changes and not self.slots else NO_CHANNEL)
+            if self.node is not self.last:
+                plan = self.batch.plan
+                for name, statistics in plan.as_channels.statistics.items():
+                    self._follow(name, statistics, self.k, 1)
+                for name, statistics in plan.as_blocks.statistics.items():
+                    self._follow(name, statistics)
         self.is_new = False
 
     def _follow(self, name, statistics, first=0, n=None, but=NO_CHANNEL):
-        if self.momentum:
-            n = n or statistics.shape[2]
-            launch(follow_kernel, -(-n // LANES), statistics, first, n, but, self.momentum,
-                   self.running[name])
+        n = n or statistics.shape[2]
+        launch(follow_kernel, -(-n // LANES), statistics, first, n, but, self.momentum, self.running[name])
 
     def _write_running(self):
         if self.momentum:
@@ -366,11 +373,3 @@ class CudaForward:
         if self.momentum:
             for name, norm in self.norms.items():
                 norm.running_mean[:], norm.running_variance[:] = to_host(self.running[name])
-
-
-def copied(array):
-    """Return a copy of an array on the GPU."""
-    copy = empty(array.shape, array.dtype)
-    with gpu_errors():
-        copy.copy_to_device(array)
-    return copy

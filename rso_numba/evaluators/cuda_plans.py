@@ -1,184 +1,307 @@
 """What `cuda.py` sends to the GPU in each trial, prepared once for mini-batches of a size.
 
-A *launch* here is a kernel, its number of CUDA blocks, and its arguments. (A CUDA graph would start all
-launches of a trial at once; but numba-cuda offers none, and weight and step of a trial are arguments of its
-launches.)
+(A CUDA graph would start all launches of a trial at once; but numba-cuda offers none, and weight and step of
+a trial are arguments of its launches.)
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
-from ..kernels.cuda import by_channel, by_line, by_row
-from ..kernels.cuda_changes import N_CANDIDATES, merge_kernel, norm_kernel, tail_kernel
-from ..kernels.cuda_device import LANES, ROWS, empty, launch_blocks, to_device
-from ..kernels.cuda_norms import statistics_kernel
-from ..kernels.cuda_products import CHANNELS, CONV2D_KERNELS, PIXELS, dense_kernel
-from ..kernels.tails import KEEP, pooled_shape
-from ..layers import Dense, Flatten
-from .stages import NotAChain, first_tail
+from ..kernels.cuda.delta import N_CANDIDATES, copy_channel_kernel, replace_channel_kernel
+from ..kernels.cuda.device import LANES, ROWS, empty, gpu_errors, to_device
+from ..kernels.cuda.layout import by_line, by_row
+from .cuda_nodes import NO_CHANNEL, DeviceValues, merging
 
 
-def start_all(launches):
-    """Start launches one after the other; wait for none."""
-    for kernel, n_blocks, arguments in launches:
-        launch_blocks(kernel, n_blocks, *arguments)
-
-
-class DeviceStage:
-    """A stage (see `stages.py`) with its weights on the GPU.
+@dataclass(eq=False)
+class Kept:
+    """What is kept of a mini-batch while a node is searched.
 
     Parameters
     ----------
-    stage : Stage
-    shape : tuple of int
-        (C, H, W) of what enters.
-    parameters : dict
-        All weights of the network, by `str(parameter)`: arrays on the GPU.
-    first : dict
-        Where each begins in the vector of all weights.
+    x : array or None
+        Input of the node's linear layer, if it has one.
+    channels : dict
+        Channel k of the base of a node of which one channel changes, (n_blocks, 1, h, w, LANES), without
+        what comes from such nodes.
+    bases : dict
+        The base of a node of which all channels change, without channel k of such nodes; and the logits as
+        they are, if one of them changes.
     """
 
-    def __init__(self, stage, shape, parameters, first):
-        self.step, self.is_dense, name = stage.step, isinstance(stage.mixing, Dense), stage.mixing.name
-        self.weight = parameters[f"{name}.weight"]
-        self.names = [f"{name}.bias"]  # of what a channel has besides its filter
-        self.bias = parameters.get(f"{name}.bias")
-        if self.bias is None:
-            self.bias = to_device(stage.mixing.bias)
-        self.n_in, self.merged = self.weight.shape[1], None
-        if self.step == 2:
-            size = self.weight.shape[2] + 1
-            self.merged = empty((len(self.weight), self.n_in, size, size), np.float32)
-        after = (1, 1) if self.is_dense else (shape[1] // self.step, shape[2] // self.step)
-        self.shape = self.out_shape = (len(self.weight), *after)
-        self.tails, rest = [], list(stage.layers)
-        while rest:
-            (norm, relu, pool), behind = first_tail(rest)
-            if len(behind) == len(rest):
-                if not isinstance(rest[0], Flatten):  # which changes nothing for what treats channels alike
-                    raise NotAChain(f"delta evaluation on the GPU does not know {rest[0]}; "
-                                    "use evaluation='full'")
-                rest = behind[1:]
-                continue
-            if norm and len(norm.gamma) != self.shape[0]:
-                raise NotAChain(f"{norm.name} takes pixels as channels, which delta evaluation on the GPU "
-                                "cannot do; use evaluation='full'")
-            if norm:
-                self.names += [f"{norm.name}.gamma", f"{norm.name}.beta"]
-            self.tails.append((norm, relu, pool))
-            self.out_shape = pooled_shape(self.out_shape, pool)
-            rest = behind
-        self.parameters, self.filter_first = parameters, first[f"{name}.weight"]
-        self.origins = to_device(np.array([first.get(name, -1) for name in self.names]))
+    x: object
+    channels: dict
+    bases: dict
 
-    def merge(self):
-        """Return the launches that take the filters as they are now into account."""
-        return [merging(self.weight, self.merged)] if self.step == 2 else []
+    @property
+    def n_bytes(self):
+        """Bytes of all arrays."""
+        arrays = [*self.channels.values(), *self.bases.values()] + ([] if self.x is None else [self.x])
+        return 4 * sum(array.size for array in arrays)
 
-    def view(self, x):
-        """View x (n_blocks, C, H, W, LANES) as the kernel of the mixing layer takes it."""
-        return by_row(x) if self.is_dense else by_line(x)
-
-    def mix(self, x, y, part=None, start=None, filters=None, bias=None):
-        """Return the launch that mixes the channels of x into y: all, or a part (`cuda_products.py`)."""
-        weight = self.merged if self.step == 2 else self.weight
-        weight, bias = weight if filters is None else filters, self.bias if bias is None else bias
-        part, start = part or (0, 0, 0, self.n_in), y if start is None else start
-        if self.is_dense:
-            return dense_kernel, y.shape[0] * y.shape[1], (x, weight, bias, start, part, y)
-        tiles = -(-y.shape[1] // CHANNELS) * y.shape[2] * -(-y.shape[3] // (PIXELS * LANES))
-        kernel = CONV2D_KERNELS[weight.shape[2], self.step]
-        return kernel, -(-y.shape[0] * tiles // ROWS), (x, weight, bias, start, part, y)
+    def own(self):
+        """Return a `Kept` with arrays of its own; the input is copied, all else is still to be computed."""
+        channels, bases = ({node: empty(array.shape, np.float32) for node, array in arrays.items()}
+                           for arrays in (self.channels, self.bases))
+        return Kept(None if self.x is None else copied(self.x), channels, bases)
 
 
-def merging(weight, merged):
-    """Return the launch of merge_kernel."""
-    return merge_kernel, -(-merged.size // (LANES * ROWS)), (weight, merged)
+class LaunchPlan:
+    """Buffers and launches for mini-batches of n_images images while a node is searched.
 
+    A trial allocates nothing else. Values are there in three forms: as they are, of the nodes that are needed
+    for the bases; three candidates for channel k as *channels*, (n_blocks, 3, h, w, LANES), of the nodes of
+    which one channel changes; and three candidates as *blocks*, (3 * n_blocks, C, h, w, LANES), of the nodes
+    of which all channels change.
 
-class Plan:
-    """Buffers and launches for mini-batches of n_images images in stage d: a trial allocates nothing else.
+    Parameters
+    ----------
+    kinds : Kinds
+        Of the node.
+    linears, parameters : dict
+        See `DeviceValues`.
+    first : dict
+        Where each parameter begins in the vector of all weights.
+    n_images : int
+    fixed : collection of str
+        Names of BatchNorms that use their stored statistics.
 
     Attributes
     ----------
-    z : list of arrays (n_blocks, C, h, w, LANES)
-        Output of the mixing layers of stages 0..d (or to the last one before d, if d is the last stage).
-    behind : list of lists of launches
-        From each of them to the end of its stage, `a`.
-    statistics : dict
-        Mean and variance of each BatchNorm of these stages, (2, 1, C).
-    z_k, behind_k, a_k, statistics_k
-        The same for three candidates of a channel of stage d, (n_blocks, 3, h, w, LANES).
-    others
-        For mini-batches that are not kept: what all other channels contribute to z_next.
-    z_next, after, later_statistics, logits
-        What follows, where the candidates are blocks: (3 * n_blocks, C, h, w, LANES).
+    images : array
+        Where the value of node 0 has to be written.
+    before : list of launches
+        From there to the input of the node.
+    kept : Kept
+        For mini-batches that do not come back.
+    logits, sums : array
+        Of the candidates, as blocks; in the last node of the mini-batch as it is.
     """
 
-    def __init__(self, stages, d, n_images):
-        self.n_images, self.n_blocks = n_images, -(-n_images // LANES)
-        self.z, self.a, self.behind, self.statistics = [], [], [], {}
-        self.statistics_k, self.later_statistics = {}, {}
-        self.is_last = d == len(stages) - 1
-        for stage in stages[: d if self.is_last else d + 1]:
-            self.z.append(self._maps(1, stage.shape))
-            launches, a = self._tails(stage, self.z[-1], stage.parameters, self.statistics)
-            self.behind.append(launches)
-            self.a.append(a)
-        self.sums = empty((1 if self.is_last else N_CANDIDATES) * self.n_blocks, np.float64)
-        if self.is_last:
-            self.logits = by_row(self._maps(1, stages[-1].shape))
+    def __init__(self, kinds, linears, parameters, first, n_images, fixed):
+        self.kinds, self.linears, self.n_images = kinds, linears, n_images
+        self.n_blocks, node = -(-n_images // LANES), kinds.node
+        self.as_is = DeviceValues(linears, parameters, n_images, fixed=fixed)
+        for one in kinds.graph.nodes:
+            if one in kinds.needed or one in kinds.one:
+                self.as_is.add_node(one)
+        self.images = self.as_is.z[kinds.graph.nodes[0]]
+        self.before = self.as_is.take_statistics(kinds.graph.nodes[0])
+        for one in kinds.graph.nodes[1 : node.index]:
+            if one in kinds.needed:
+                self.before += self._compute(one)
+        x = None
+        if node.input:
+            x, launches = self.as_is.along(node.input)
+            self.before += launches
+        self.norms_before = list(self.as_is.statistics)
+        self.kept, self._built_for, self._built = Kept(x, {}, {}), NO_CHANNEL, None
+        if node is kinds.last:
+            self.logits, self.sums = by_row(self.as_is.z[node]), empty(self.n_blocks, np.float64)
         else:
-            self._prepare_candidates(stages[d], stages[d + 1 :])
+            self._prepare_candidates(parameters, first)
 
-    def _maps(self, n_candidates, shape):
-        return empty((n_candidates * self.n_blocks, *shape, LANES), np.float32)
+    def _compute(self, node):
+        """Return the launches that compute a node as it is from all its edges."""
+        return self.as_is.compute(node, node.edges) + self.as_is.take_statistics(node)
 
-    def _prepare_candidates(self, stage, later):
-        size = math.prod(stage.weight.shape[1:])
-        self.filters = empty((N_CANDIDATES, size), np.float32)
-        self.singles = empty((len(stage.names), N_CANDIDATES), np.float32)
-        self.kernel_filters, self.merging = self.filters.reshape(N_CANDIDATES, *stage.weight.shape[1:]), []
-        if stage.step == 2:
-            unmerged, shape = self.kernel_filters, stage.merged.shape[1:]
-            self.kernel_filters = empty((N_CANDIDATES, *shape), np.float32)
+    def compute_logits(self):
+        """Return the launches that compute the searched node, from its input on, if it is the last."""
+        return self._compute_searched(self.kinds.last, self.kept)
+
+    # ---- candidates ----
+
+    def _prepare_candidates(self, parameters, first):
+        kinds, node = self.kinds, self.kinds.node
+        # what a channel has besides its filter
+        names = [f"{node.linear.name}.bias"] if node.linear else []
+        names += [f"{norm.name}.{name}" for one in kinds.one for norm in one.norms
+                  for name in ("gamma", "beta")]
+        self.origins = to_device(np.array([first.get(name, -1) for name in names]))
+        self.singles = empty((len(names), N_CANDIDATES), np.float32)
+        own = {name: self.singles[i] for i, name in enumerate(names)}
+        self._prepare_filters(first, own)
+        self.as_channels = DeviceValues(self.linears, own, self.n_images, n_channels=N_CANDIDATES)
+        self.as_blocks = DeviceValues(self.linears, parameters, self.n_images, N_CANDIDATES)
+        for one in kinds.one:
+            self.as_channels.add_node(one)
+            if self._unreached(one) or (one is node and not node.linear):
+                self.kept.channels[one] = empty((self.n_blocks, 1, *one.shape[1:], LANES), np.float32)
+        for one in kinds.all:
+            self.as_blocks.add_node(one)
+            if kinds.base_edges[one]:
+                self.kept.bases[one] = self.as_is.maps(one.shape)
+        if kinds.last in kinds.one:
+            self.kept.bases[kinds.last] = self.as_is.z[kinds.last]
+            self.as_blocks.add_node(kinds.last)
+        self.logits = by_row(self.as_blocks.z[kinds.last])
+        self.sums = empty(N_CANDIDATES * self.n_blocks, np.float64)
+
+    def _prepare_filters(self, first, own):
+        """Make room for the filters of three candidates."""
+        node = self.kinds.node
+        if not node.linear:  # only a BatchNorm is searched; an array may not be empty
+            self.filters, self.filter_first = empty((N_CANDIDATES, 1), np.float32), 0
+            return
+        shape, linear = node.linear.weight.shape[1:], self.linears[node]
+        self.filter_first = first[f"{node.linear.name}.weight"]
+        self.filters = empty((N_CANDIDATES, math.prod(shape)), np.float32)
+        self.bias_k = own[f"{node.linear.name}.bias"]
+        self.kernel_filters, self.merging = self.filters.reshape(N_CANDIDATES, *shape), []
+        if node.step == 2:
+            unmerged = self.kernel_filters
+            self.kernel_filters = empty((N_CANDIDATES, *linear.merged.shape[1:]), np.float32)
             self.merging = [merging(unmerged, self.kernel_filters)]
-        own = {name: self.singles[i] for i, name in enumerate(stage.names)}
-        self.bias_k = own[stage.names[0]]
-        self.z_k = self._maps(1, (N_CANDIDATES, *stage.shape[1:]))
-        self.behind_k, a_k = self._tails(stage, self.z_k, own, self.statistics_k)
-        following, later = later[0], later[1:]
-        self.z_k, self.a_k = stage.view(self.z_k), following.view(a_k)
-        # what a channel is to the next stage: a channel, or as many features as it has pixels
-        self.width = math.prod(stage.out_shape[1:]) if following.is_dense else 1
-        z = self._maps(N_CANDIDATES, following.shape)
-        self.others = following.view(self._maps(1, following.shape))
-        self.z_next, self.after = following.view(z), []
-        for stage, after in zip([following, *later], later, strict=False):
-            launches, a = self._tails(stage, z, stage.parameters, self.later_statistics)
-            z = self._maps(N_CANDIDATES, after.shape)
-            self.after += [*launches, after.mix(after.view(a), after.view(z))]
-        self.logits = by_row(z)
 
-    def _tails(self, stage, z, parameters, statistics):
-        """Return the launches of a stage's channelwise layers on z, and where the result will be."""
-        launches = []
-        for norm, relu, pool in stage.tails:
-            n_blocks, n_channels = z.shape[:2]
-            shape = n_blocks // self.n_blocks, n_channels
-            scale, shift = to_device(np.ones(shape, np.float32)), to_device(np.zeros(shape, np.float32))
-            if norm:
-                sums, pixels = empty((2, n_blocks, n_channels), np.float64), z.shape[2] * z.shape[3]
-                statistics[norm.name] = empty((2, *shape), np.float32)
-                launches += [
-                    (statistics_kernel, n_blocks * n_channels, (by_channel(z), self.n_images, sums)),
-                    (norm_kernel, math.prod(shape), (
-                        sums, self.n_images, pixels, parameters[f"{norm.name}.gamma"],
-                        parameters[f"{norm.name}.beta"], np.float32(norm.epsilon),
-                        statistics[norm.name], scale, shift))]
-            y = z if pool == KEEP else empty((n_blocks, *pooled_shape(z.shape[1:4], pool), LANES), np.float32)
-            launches.append((tail_kernel, -(-y.size // (LANES * ROWS)),
-                             (z, scale, shift, int(relu), pool, y)))
-            z = y
-        return launches, z
+    def _unreached(self, node):
+        """Return the edges to a node of which one channel changes, from nodes of which none does.
+
+        Of the searched node these are the addends: its linear layer is what is searched.
+        """
+        edges = node.addends if node is self.kinds.node else node.edges
+        return [edge for edge in edges if edge.source not in self.kinds.one]
+
+    def launches(self, k, kept):
+        """Return the launches that compute what is kept for channel k, and those of a trial.
+
+        The latter lead from the filters of the candidates to the losses of images.
+        """
+        if kept is not self.kept:
+            return self._bases(k, kept), self._trial(k, kept)
+        if self._built_for != k:
+            self._built_for, self._built = k, (self._bases(k, kept), self._trial(k, kept))
+        return self._built
+
+    # ---- what is kept ----
+
+    def _bases(self, k, kept):
+        kinds, launches = self.kinds, []
+        if kinds.node.linear:
+            launches += self.linears[kinds.node].merge()
+        for node in kinds.graph.nodes[kinds.node.index :]:
+            if node in kinds.one:
+                launches += self._one(node, k, kept)
+            elif node in kept.bases:
+                launches += self._base(node, k, kept.bases[node])
+            elif node in kinds.needed:
+                launches += self._compute(node)
+        return launches
+
+    def _one(self, node, k, kept):
+        """Return the launches that compute a node of which one channel changes, as it is."""
+        if node.index == 0:
+            return [copying(self.images, k, kept.channels[node])]
+        launches, edges, z = [], self._unreached(node), self.as_is.z[node]
+        if node is self.kinds.node:
+            if node.linear and edges:  # the addends without the rest
+                launches += [*self.as_is.compute(node, edges), copying(z, k, kept.channels[node])]
+            launches += self._compute_searched(node, kept)
+            if not node.linear:
+                launches.append(copying(z, k, kept.channels[node]))
+        else:
+            start = None
+            if edges:
+                launches += [*self.as_is.compute(node, edges), copying(z, k, kept.channels[node])]
+                start = z
+            launches += self.as_is.compute(node, [e for e in node.edges if e not in edges], start)
+        launches += self.as_is.take_statistics(node)
+        if node is self.kinds.last and kept.bases[node] is not z:
+            launches.append(copying_all(z, kept.bases[node]))
+        return launches
+
+    def _compute_searched(self, node, kept):
+        """Return the launches that compute the searched node as it is, from its input on."""
+        if not node.linear:
+            return self.as_is.compute(node, node.edges)
+        z = self.as_is.z[node]
+        return [self.linears[node].apply(kept.x, z), *(self.as_is.add(edge, z, z) for edge in node.addends)]
+
+    def _base(self, node, k, base):
+        """Return the launches that compute the base of a node of which all channels change."""
+        launches, start, kinds = [], None, self.kinds
+        if node.linear:
+            linear, x, ranges = self.linears[node], base, []
+            if node.input in kinds.base_edges[node]:
+                x, launches = self.as_is.along(node.input)
+                ranges = [(0, linear.n_in)]
+                if node in kinds.spread:
+                    first, end = k * linear.width, (k + 1) * linear.width
+                    ranges = [r for r in ((0, first), (end, linear.n_in)) if r[1] > r[0]]
+            launches = list(launches)
+            for first, end in ranges or [(0, 0)]:  # the bias, if there is nothing else
+                part = 0 if start is None else len(base), first, first, end - first
+                launches.append(linear.apply(x, base, part, start))
+                start = base
+        for edge in node.addends:
+            if edge in kinds.base_edges[node]:
+                but = k if edge.source in kinds.one else NO_CHANNEL
+                launches.append(self.as_is.add(edge, base, start, but))
+                start = base
+        return launches
+
+    # ---- a trial ----
+
+    def _trial(self, k, kept):
+        kinds, launches = self.kinds, []
+        for node in kinds.one:
+            launches += self._candidates_as_channels(node, kept)
+        for node in kinds.all:
+            launches += self._candidates_as_blocks(node, k, kept.bases.get(node))
+        if kinds.last in kinds.one:
+            candidates, logits = by_row(self.as_channels.z[kinds.last]), self.logits
+            launches.append((replace_channel_kernel, -(-logits.size // (LANES * ROWS)),
+                             (by_row(kept.bases[kinds.last]), k, candidates, logits)))
+        return launches
+
+    def _candidates_as_channels(self, node, kept):
+        """Return the launches for a node of which one channel changes."""
+        values, kinds, launches, start = self.as_channels, self.kinds, [], None
+        z, channel = values.z[node], kept.channels.get(node)
+        if node is kinds.node and node.linear:
+            launches += [*self.merging, self.linears[node].apply(
+                kept.x, z, filters=self.kernel_filters, bias=self.bias_k)]
+            start = z
+        if channel is not None:
+            launches.append(copying(channel, 0, z, adds=start is not None))
+            start = z
+        if node is not kinds.node:
+            reached = [edge for edge in node.edges if edge.source in kinds.one]
+            launches += values.compute(node, reached, start)
+        return launches + values.take_statistics(node)
+
+    def _candidates_as_blocks(self, node, k, base):
+        """Return the launches for a node of which all channels change."""
+        values, kinds, launches = self.as_blocks, self.kinds, []
+        z, start = values.z[node], base
+        if node in kinds.spread:
+            x, launches = self.as_channels.along(node.input)
+            width = self.linears[node].width
+            part = self.n_blocks, 0, k * width, width
+            launches, start = [*launches, self.linears[node].apply(x, z, part, base)], z
+        launches += values.compute(node, [e for e in node.edges if e.source in kinds.all], start)
+        launches += [self.as_channels.add_to_channel(edge, k, z) for edge in node.addends
+                     if edge.source in kinds.one]
+        return launches + values.take_statistics(node)
+
+
+def copying(x, k, y, adds=False):
+    """Return the launch that copies channel k of x to all channels of y, or adds it to them."""
+    return copy_channel_kernel, -(-y.size // (LANES * ROWS)), (by_line(x), k, int(adds), by_line(y))
+
+
+def copying_all(x, y):
+    """Return a function that copies an array on the GPU to another one."""
+    def copy():
+        with gpu_errors():
+            y.copy_to_device(x)
+
+    return copy
+
+
+def copied(array):
+    """Return a copy of an array on the GPU."""
+    copy = empty(array.shape, array.dtype)
+    copying_all(array, copy)()
+    return copy

@@ -1,9 +1,12 @@
-"""Mini-batches of the last layer on the GPU, and trials that wait for one launch (`kernels/cuda_last.py`)."""
+"""Mini-batches of the last layer on the GPU, and trials that one launch decides.
+
+The kernels are in `kernels/cuda/last_layer.py`.
+"""
 
 import numpy as np
 
-from ..kernels.cuda_device import LANES, empty, gpu_errors, launch, launch_blocks, to_device
-from ..kernels.cuda_last import MANY_ROWS, last_layer_kernel, slot_kernel
+from ..kernels.cuda.device import LANES, empty, gpu_errors, launch, launch_blocks, to_device
+from ..kernels.cuda.last_layer import MANY_ROWS, last_layer_kernel, slot_kernel
 
 
 class Slots:
@@ -28,7 +31,7 @@ class Slots:
         self.forget()
 
     def forget(self):
-        """Let all slots be used again. What they hold is behind the weights, or not needed any more."""
+        """Free all slots: what they hold is not needed any more, or belongs to weights that have changed."""
         self.of.clear()
         self.n_logged = 0
         with gpu_errors():
@@ -66,5 +69,5 @@ class Slots:
     def decide(self, where, deltas, decay, weights, records):
         """Decide trials, one after the other: NumPy arrays `where` (n, WHERE) and deltas (n,)."""
         self.n_logged += len(where)
-        launch_blocks(last_layer_kernel, 1, to_device(where), to_device(deltas), len(where), decay,
+        launch_blocks(last_layer_kernel, 1, to_device(where), to_device(deltas), decay,
                       *self.arrays, self.log, self.amounts, self.length, weights, records, rows=MANY_ROWS)

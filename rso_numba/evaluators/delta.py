@@ -1,67 +1,40 @@
-"""Exact losses from what one weight changes. The reasons, with a picture, are in `delta.md`.
+"""Exact losses from what one weight changes, on the CPU. The reasons, with a picture, are in `delta.md`.
 
-A network is cut into *stages*: a layer that mixes channels (convolution, dense) and the layers up to
-the next one, which treat every channel by itself (`stages.py`). Changes of weights of a stage change one
-channel k of its output z by u, a sum of shifted input channels. The stage's other layers keep the change in
-channel k; the next stage adds what that channel contributes to its output z_next; what follows is computed
-in full. In the last stage z are the logits, and the loss has a closed form.
+Read `delta_plain.py` first, which does the same in NumPy. A network is a `Graph`. Changes of weights of a
+node change one channel of its value by a *direction*, a sum of shifted input channels; `reach.py` says what
+that makes of the loss. In the last layer the loss has a closed form.
 
-For each mini-batch that comes back, x, z and z_next of the stage that is being searched are kept, and a log
-of the changes of weights that were kept brings them up to date in the same way when it does.
+For each mini-batch that comes back, the input of the node and the bases behind it are kept, and a log of the
+changes of weights that were kept brings them up to date when it does (`batch_cache.py`).
 """
 
 from collections import namedtuple
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..kernels import changes, cpu
-from ..kernels.lanes import LANES
-from ..kernels.memory import Arena, copy, empty
-from ..kernels.tails import KEEP, Pending, no_tail
-from ..layers import Dense
-from .stages import cut, forward, new_pass, onward
+from ..kernels import cpu
+from ..kernels.cpu.activations import computed
+from ..kernels.cpu.delta import channel_direction
+from ..kernels.cpu.fusion import Deferred, apply_epilogue, of_channels
+from ..kernels.cpu.lanes import LANES
+from ..kernels.cpu.last_layer import by_feature, last_layer_losses
+from ..kernels.cpu.layout import as_maps
+from ..kernels.cpu.memory import copy, empty
+from ..kernels.formulas import NO_POOL
+from ..layers import Conv2D
+from ..passes import Pass
+from .batch_cache import BatchCache
+from .graph import Graph
+from .nodes import Values, apply_linear
+from .reach import Change, Reach
 
-MANY = 100  # weights in a stage: with fewer, only a batch that came back once is expected again
+MANY = 100  # weights in a layer: with fewer, only a batch that came back once is expected again
 MANY_CHANNELS = 5  # each costs a convolution about a sixth of its time, to read and write all its output
-FEW_TAPS = 27  # weights of a filter, three channels of 3x3: so quickly applied that z need not be kept
-BIAS, NO_TAP = -1, -2  # instead of an input channel: gamma and beta change a channel, but not z
+FEW_TAPS = 27  # weights of a filter, 3 channels of 3x3: so quickly applied that the value need not be kept
+BIAS, NO_TAP = -1, -2  # instead of an input channel: gamma and beta change no value of a node
 
-Remade = namedtuple("Remade", "x tail")  # input of stage 1, made channel by channel from x, that of stage 0
-
-
-@dataclass(eq=False)
-class Batch:
-    """A mini-batch, and what is known about it in the stage that is being searched."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    x: np.ndarray | Pending | Remade | None = None  # input of the stage, packed; in the last stage by feature
-    z: np.ndarray | None = None  # output of its mixing layer, likewise; None if it is computed when needed
-    z_weights: tuple | None = None  # weight and bias that z belongs to, if it is not kept
-    tail: tuple | None = None  # what z passes before the next stage
-    a: np.ndarray | None = None  # what comes before that tail, if layers of the stage run apart: else it is z
-    z_next: np.ndarray | None = None  # output of the next stage's mixing layer
-    next_statistics: tuple | None = None  # mean and variance of z_next, if a BatchNorm needs them
-    loss: float | None = None  # of the weights as they were
-    loss_applied: int | None = None  # when so many entries of the log were applied
-    statistics: dict = field(default_factory=dict)  # mean and variance that every BatchNorm took
-    padded_labels: np.ndarray | None = None  # in the last stage: -1 in lanes without image
-    applied: int = 0  # how many entries of the log are in z and z_next
-    visits: int = 0
-    is_held: bool = False  # all this waits for the batch to come back
-
-
-@dataclass(eq=False)
-class Change:
-    """What becomes of one channel of a stage, and of the next stage."""
-
-    channels: slice  # of what comes before the tail (a Flatten makes many of one)
-    a: np.ndarray | None  # what they become, if layers of the stage run apart
-    tail: tuple  # of these channels
-    statistics: dict  # their mean and variance in every BatchNorm of the stage
-    z_next: np.ndarray
-    next_statistics: tuple | None
+# the input of the second convolution, made channel by channel from x, the input of the first
+Rematerialized = namedtuple("Rematerialized", "x epilogue")
 
 
 class DeltaForward:
@@ -72,37 +45,29 @@ class DeltaForward:
     network : Network
     momentum : float
         How far each mini-batch moves BatchNorm's running statistics.
+    fixed_images : ndarray (N, C, H, W) or None
+        If given, BatchNorms before the layer that is being searched use the statistics of these images.
     memory : float
         Bytes that may hold activations of mini-batches that come back (those that `set_batch` gets
         with a key). What does not fit is computed anew at each visit.
 
     Raises
     ------
-    ValueError
-        If the network is no chain of mixing and channelwise layers that ends in a dense layer.
+    NoDelta
+        If the network is none that delta evaluation can take: see `Graph`.
     """
 
-    def __init__(self, network, momentum=0.0, memory=3.5e9):
-        self.network, self.momentum, self.arena = network, momentum, Arena(memory)
-        self.head, self.stages = cut(network)
-        self.stage_of = {layer.name: d for d, stage in enumerate(self.stages)
-                         for layer in (stage.mixing, *stage.layers)}
+    def __init__(self, network, momentum=0.0, fixed_images=None, memory=3.5e9):
+        self.network, self.momentum, self.fixed_images = network, momentum, fixed_images
+        self.graph, self.cache = Graph(network), BatchCache(memory)
+        self.last = self.graph.nodes[-1]
         self.batch, self.key = None, None
         self.known = network.weights.copy()  # the weights that everything remembered belongs to
         self.equal = np.empty(network.n_weights, np.bool_)
         self.known_value = network.views(self.known)
-        self._forget(None)
+        self._enter(None)
 
-    def _forget(self, d):
-        """Begin to search stage d, with nothing remembered."""
-        self.d, self.tried = d, []
-        self.batches = {}
-        self.arena.forget()
-        self.log_where, self.log_amount = np.empty((256, 4), np.int64), np.empty(256, np.float32)
-        self.log_length = 0
-        self.known[:] = self.network.weights
-        if self.batch is not None:
-            self._take(self.batch.images, self.batch.labels)
+    # ---- what every evaluator can do ----
 
     def set_batch(self, images, labels, key=None):
         """Take a mini-batch: images (N, C, H, W) float32, labels (N,) int64.
@@ -110,37 +75,27 @@ class DeltaForward:
         Two calls with the same `key` promise the same images and labels.
         """
         if self.batch is not None and not self.batch.is_held:
-            self.batch.x = self.batch.z = self.batch.a = self.batch.z_next = None
+            self.batch.x = self.batch.values = None
         self.tried, self.is_new, self.key = [], True, key
         self._take(images, labels)
 
-    def _take(self, images, labels):
-        self.batch, self.made = self.batches.get(self.key) or Batch(images, labels), None
-        self.batch.visits += 1
-        if self.key is not None:
-            self.batches[self.key] = self.batch
-
     def losses(self, parameter, index, candidates):
         """Return the mean loss for each candidate value of `parameter.value[index]`, float64."""
-        d = self.stage_of[parameter.layer]
-        if d != self.d or not self._knows_all():
-            self._forget(d)
+        node = self.graph.node_of[parameter.layer]
+        if node is not self.node or not self._knows_all():
+            self._enter(node, parameter.layer)
         before = parameter.value[index]
         try:
-            if candidates[0] != before and d < len(self.stages) - 1:
+            if candidates[0] != before and node is not self.last:
                 # weight decay: the decayed weight is what both other candidates start from
                 parameter.value[index] = candidates[0]
                 self._note(parameter, index, candidates[0])
             steps = np.array([float(c) - float(parameter.value[index]) for c in candidates], np.float32)
-            if d == len(self.stages) - 1:
+            if node is self.last:
                 return self._last_losses(self.batch, parameter, index, steps)
             return self._losses(self.batch, parameter, index, candidates, steps)
         finally:
             parameter.value[index] = before
-
-    def _knows_all(self):
-        """Return whether nobody else has changed a weight."""
-        return np.equal(self.known, self.network.weights, out=self.equal).all()
 
     def keep(self, parameter, index, value):
         """Store the winning value."""
@@ -150,251 +105,264 @@ class DeltaForward:
         self._note(parameter, index, value)
         for candidate, loss, statistics in self.tried:
             if candidate == value:
-                self.batch.loss, self.batch.loss_applied = loss, self.log_length
-                self.batch.statistics.update(statistics)
+                self.batch.loss, self.batch.loss_applied = loss, self.cache.n_logged
+                self.batch.values.statistics.update(statistics)
                 break
         self.tried = []
+
+    # ---- weights and mini-batches ----
+
+    def _enter(self, node, layer=None):
+        """Begin to search a node, with nothing remembered."""
+        self.node, self.tried, self.fixed = node, [], frozenset()
+        self.reach = Reach(self.graph, node) if node else None
+        self.cache.forget()
+        self.known[:] = self.network.weights
+        if node and self.fixed_images is not None:
+            self.network.calibrate(self.fixed_images)
+            self.fixed = self.graph.norms_before(layer)
+        if self.batch is not None:
+            self._take(self.batch.images, self.batch.labels)
+
+    def _take(self, images, labels):
+        self.batch, self.made = self.cache.get(self.key, images, labels), None
+
+    def _knows_all(self):
+        """Return whether nobody else has changed a weight."""
+        return np.equal(self.known, self.network.weights, out=self.equal).all()
 
     def _note(self, parameter, index, value):
         """Take note that a weight is `value` now."""
         known = self.known_value[str(parameter)]
         amount, known[index] = np.float32(value) - known[index], value
-        if self.log_length == len(self.log_amount):
-            self.log_where = np.concatenate([self.log_where, self.log_where])
-            self.log_amount = np.concatenate([self.log_amount, self.log_amount])
-        self.log_where[self.log_length] = self._where(parameter, index)
-        self.log_amount[self.log_length] = amount
-        self.log_length += 1
-
-    def _where(self, parameter, index):
-        """Return output channel, input channel (or BIAS, NO_TAP), row and column of a weight."""
-        if parameter.name in ("gamma", "beta"):  # a Flatten before the BatchNorm makes many of one channel
-            n_channels = len(self.stages[self.d].mixing.weight)
-            return index[0] * n_channels // len(parameter.value), NO_TAP, 0, 0
-        if parameter.name == "bias":
-            return index[0], BIAS, 0, 0
-        if parameter.value.ndim == 2:
-            return *index, 0, 0
-        return index
-
-    def _last_losses(self, batch, parameter, index, steps):
-        """Return the losses in the last stage, where z are the logits."""
-        if batch.z is None:
-            run, stage = new_pass(len(batch.labels)), self.stages[-1]
-            batch.x, _ = self._input(batch, run)
-            batch.z, _ = stage.mix(batch.x, None, run.n_images)
-            batch.x = changes.by_feature(batch.x.reshape(len(batch.x), -1, LANES), n_ones=1)
-            batch.z = changes.by_feature(batch.z.reshape(len(batch.z), -1, LANES))
-            batch.padded_labels = np.full(batch.z.shape[1], -1)
-            batch.padded_labels[: len(batch.labels)] = batch.labels
-            batch.statistics, batch.applied = run.statistics, self.log_length
-            self._hold(batch, stage)
-        self._follow(batch)
-        missed = slice(batch.applied, self.log_length)
-        batch.applied = self.log_length
-        k, j, _, _ = self._where(parameter, index)
-        sums = changes.dense_trial(batch.z, batch.x, self.log_where[missed], self.log_amount[missed], k, j,
-                                   steps, batch.padded_labels)
-        return sums / len(batch.labels)
-
-    def _losses(self, batch, parameter, index, candidates, steps):
-        """Return the losses in any other stage."""
-        where, n = np.array([self._where(parameter, index)]), len(batch.labels)
-        channel = where[0, 0]
-        if batch.z_next is None or self._is_far_behind(batch):
-            self._compute(batch)
-        self._catch_up(batch)
-        if batch.loss_applied != self.log_length:
-            batch.loss, statistics = self._finish(batch.z_next, batch.next_statistics, n)
-            batch.loss_applied = self.log_length
-            batch.statistics.update(statistics)
-        self._follow(batch)
-        self.tried, losses = [], np.full(len(candidates), batch.loss)
-        if not steps.any():
-            return losses
-        place = self._place(batch, channel)
-        u, moments = self._u(batch, place, channel, where, np.ones(1, np.float32))
-        for i in np.flatnonzero(steps):
-            parameter.value[index] = candidates[i]
-            amount = steps[i] if where[0, 1] != NO_TAP else np.float32(0)
-            change = self._change(batch, place, channel, u, moments, amount)
-            losses[i], statistics = self._finish(change.z_next, change.next_statistics, n)
-            self.tried.append((candidates[i], losses[i], statistics))
-        return losses
-
-    def _input(self, batch, run):
-        """Return the input of the stage that is being searched, and how to remake it (or None)."""
-        x = cpu.pack(batch.images)
-        for layer in self.head:
-            x = layer.forward(x, run)
-        is_dense, remade = isinstance(self.stages[self.d].mixing, Dense), None  # its features are pixels
-        if self.d > 0:
-            z, statistics = forward(self.stages[: self.d], x, None, run)
-            left = Pending(*self.stages[self.d - 1].leave(z, statistics, run))
-            if self.d == 1 and not is_dense and not self.stages[0].apart and not self._keeps_z(0):
-                remade = Remade(x, left.tail)
-            x = left if left.tail.pool == KEEP and not is_dense else cpu.apply_tail(*left)
-        return cpu.as_maps(x.reshape(len(x), -1, LANES)) if is_dense else x, remade
-
-    def _keeps_z(self, d):
-        """Return whether the output of stage d is kept, and not computed when it is needed."""
-        return self.stages[d].mixing.weight[0].size > FEW_TAPS
-
-    def _compute(self, batch):
-        """Compute a mini-batch up to z_next, and keep it if there is room."""
-        run, stage, following = new_pass(len(batch.labels)), *self.stages[self.d : self.d + 2]
-        x, remade = batch.x, None
-        if x is None or isinstance(x, Remade):
-            x, remade = self._input(batch, run)
-        z, statistics = stage.mix(x, None, run.n_images)
-        a, batch.tail = stage.leave(z, statistics, run)
-        y = batch.z_next if batch.is_held else None
-        batch.z_next, batch.next_statistics = following.mix(a, batch.tail, run.n_images, y=y)
-        batch.statistics.update(run.statistics)
-        batch.loss_applied, batch.applied = None, self.log_length
-        keeps_z = self._keeps_z(self.d)
-        batch.z_weights = None if keeps_z else (stage.mixing.weight.copy(), stage.mixing.bias.copy())
-        if batch.is_held:
-            if keeps_z:
-                copy(z, batch.z)
-            if stage.apart:
-                copy(a, batch.a)
-        else:
-            batch.x, batch.z, batch.a = x, z if keeps_z else None, a if stage.apart else None
-            self._hold(batch, stage, remade if keeps_z else None)
-
-    def _hold(self, batch, stage, remade=None):
-        """Keep a mini-batch until it comes back, if that is likely and there is room."""
-        if self.key is None or (batch.visits == 1 and stage.mixing.weight.size <= MANY):
-            return
-        names = [name for name in ("z", "a", "z_next") if getattr(batch, name) is not None]
-        arrays, x = [getattr(batch, name) for name in names], batch.x
-        if remade and _array(x).nbytes > sum(array.nbytes for array in arrays):
-            x = remade  # instead of what would be most of the memory
-        copies = self.arena.hold([_array(x), *arrays])
-        if copies is not None:
-            batch.is_held = True
-            batch.x = type(x)(copies[0], x.tail) if isinstance(x, tuple) else copies[0]
-            for name, array in zip(names, copies[1:], strict=True):
-                setattr(batch, name, array)
+        self.cache.log(_place_of(parameter, index), amount)
 
     def _follow(self, batch):
         """Let the running averages follow the statistics of a new mini-batch."""
         if self.is_new and self.momentum:
-            for layer in self.network.layers:
-                if layer.name in batch.statistics:
-                    layer.follow(*batch.statistics[layer.name], self.momentum)
+            for node, statistics in batch.values.statistics.items():
+                for norm in node.norms:
+                    norm.follow(*statistics, self.momentum)
         self.is_new = False
 
-    def _is_far_behind(self, batch):
-        """Return whether so many channels have changed that it is less work to compute z_next anew."""
-        changed = np.unique(self.log_where[batch.applied : self.log_length, 0])
-        return len(changed) > MANY_CHANNELS and not isinstance(self.stages[self.d + 1].mixing, Dense)
+    # ---- losses ----
 
-    def _catch_up(self, batch):
-        """Bring a mini-batch up to date with the changes of weights that it has missed."""
-        missed = slice(batch.applied, self.log_length)
-        where, amounts, batch.applied = self.log_where[missed], self.log_amount[missed], self.log_length
-        for channel in np.unique(where[:, 0]):
-            own = where[:, 0] == channel
-            place = self._place(batch, channel)
-            u, moments = self._u(batch, place, channel, where[own], amounts[own])
-            change = self._change(batch, place, channel, u, moments, np.float32(1), batch.z_next)
-            batch.next_statistics = change.next_statistics
-            self._adopt(batch, channel, u, change)
+    def _last_losses(self, batch, parameter, index, steps):
+        """Return the losses in the last layer, where the node's value are the logits."""
+        if batch.values is None:
+            batch.x, _, values = self._input(batch)
+            self._compute_searched(batch.x, values)
+            logits = values.z[self.last]
+            batch.x = by_feature(batch.x.reshape(len(batch.x), -1, LANES), n_ones=1)
+            values.z = {self.last: by_feature(logits.reshape(len(logits), -1, LANES))}
+            batch.padded_labels = np.full(batch.x.shape[1], -1)
+            batch.padded_labels[: len(batch.labels)] = batch.labels
+            batch.values, batch.applied = values, self.cache.n_logged
+            self._hold(batch)
+        self._follow(batch)
+        missed, amounts = self.cache.missed(batch)
+        batch.applied = self.cache.n_logged
+        k, j, _, _ = _place_of(parameter, index)
+        sums = last_layer_losses(batch.values.z[self.last], batch.x, missed, amounts, k, j, steps,
+                                 batch.padded_labels)
+        return sums / len(batch.labels)
 
-    def _adopt(self, batch, channel, u, change):
-        """Make a change of z[channel] by u the state of a mini-batch."""
-        if batch.z is not None:
-            changes.add_to_channel(batch.z, channel, u, np.float32(1))
-        else:
-            mixing = self.stages[self.d].mixing
-            for kept, weights in zip(batch.z_weights, (mixing.weight, mixing.bias), strict=True):
-                kept[channel] = weights[channel]
-        for name, statistics in change.statistics.items():
-            for array, values in zip(batch.statistics[name], statistics, strict=True):
-                array[change.channels] = values
-        for array, values in zip(batch.tail[:2], change.tail[:2], strict=True):
-            array[change.channels] = values
-        if change.a is not None:
-            batch.a[:, change.channels] = change.a
+    def _losses(self, batch, parameter, index, candidates, steps):
+        """Return the losses in any other layer."""
+        places, n_logged = np.array([_place_of(parameter, index)]), self.cache.n_logged
+        channel = places[0, 0]
+        if batch.values is None or self._is_far_behind(batch):
+            self._compute(batch)
+        self._catch_up(batch)
+        if batch.loss_applied != n_logged:
+            batch.loss, statistics = self.reach.loss(batch.values, batch.labels)
+            batch.loss_applied = n_logged
+            batch.values.statistics.update(statistics)
+        self._follow(batch)
+        self.tried, losses = [], np.full(len(candidates), batch.loss)
+        if not steps.any():
+            return losses
+        z, k = self._stored(batch, channel)
+        direction, moments = self._direction(batch, z, k, channel, places, np.ones(1, np.float32))
+        for i in np.flatnonzero(steps):
+            parameter.value[index] = candidates[i]
+            amount = steps[i] if places[0, 1] != NO_TAP else np.float32(0)
+            changes = self._changes(batch, z, k, channel, direction, moments, amount)
+            losses[i], statistics = self.reach.loss(
+                batch.values, batch.labels, batch.epilogues, changes, channel)
+            self.tried.append((candidates[i], losses[i], statistics))
+        return losses
 
-    def _place(self, batch, channel):
-        """Return (z, k) such that z[:, k] is a channel of the stage's output."""
-        if batch.z is not None:
-            return batch.z, channel
-        weight, bias = (w[channel] for w in batch.z_weights)
-        return _output(self.stages[self.d], batch.x, weight, bias), 0
+    def _changes(self, batch, z, k, channel, direction, moments, amount):
+        """Return the changes of a channel of the searched node, and of others through additions."""
+        statistics = None
+        if self.node.norms:
+            known = (array[channel : channel + 1] for array in batch.values.statistics[self.node])
+            statistics = _moved(*known, moments, amount)
+        first = Change(z, k, direction, amount, statistics)
+        return self.reach.changes(batch.values, batch.epilogues, first, channel)
+
+    def _direction(self, batch, z, k, channel, places, amounts):
+        """Return what weights of an output channel add to it, and its moments if a BatchNorm is next."""
+        node, taps = self.node, places[:, 1] != NO_TAP
+        mean = float(batch.values.statistics[node][0][channel]) if node.norms else None
+        x, taps_in_x = self._channels(batch.x, places[taps, 1:]) if node.linear else (z, places[:0, 1:])
+        size = node.linear.size if isinstance(node.linear, Conv2D) else 1
+        return channel_direction(x, taps_in_x, amounts[taps], size, node.step, z, k, mean, len(batch.labels))
 
     def _channels(self, x, taps):
-        """Return the input of the stage and taps in it, (n, 3); of a Remade only the channels they need."""
-        if not isinstance(x, Remade):
+        """Return the node's input and taps in it, (n, 3); of a Rematerialized only the channels needed."""
+        if not isinstance(x, Rematerialized):
             return x, taps
-        stage, taps, is_weight = self.stages[0], taps.copy(), taps[:, 0] >= 0
+        source, taps, is_weight = self.node.input.source, taps.copy(), taps[:, 0] >= 0
         channels = np.unique(taps[is_weight, 0])
         if self.made is None or not np.isin(channels, self.made[0]).all():
-            z = empty((len(x.x), len(channels), *(n // stage.step for n in x.x.shape[2:4]), LANES), x.x.dtype)
+            z = empty((len(x.x), len(channels), *source.shape[1:], LANES), x.x.dtype)
             for k, c in enumerate(channels):
-                _output(stage, x.x, stage.mixing.weight[c], stage.mixing.bias[c], z, k)
-            tail = x.tail._replace(scale=x.tail.scale[channels], shift=x.tail.shift[channels])
-            self.made = channels, Pending(z, tail)  # for the next call too, which often needs the same
+                _output_channel(source, x.x, source.linear.weight[c], source.linear.bias[c], z, k)
+            # for the next call too, which often needs the same
+            self.made = channels, Deferred(z, of_channels(x.epilogue, channels))
         taps[is_weight, 0] = np.searchsorted(self.made[0], taps[is_weight, 0])
         return self.made[1], taps
 
-    def _u(self, batch, place, channel, where, amounts):
-        """Return u, what weights of an output channel add to it, and its moments if a BatchNorm is next."""
-        stage, taps = self.stages[self.d], where[:, 1] != NO_TAP
-        mean = float(batch.statistics[stage.norm.name][0][channel]) if stage.norm else None
-        return changes.change_of_channel(*self._channels(batch.x, where[taps, 1:]), amounts[taps], stage.size,
-                                         stage.step, *place, mean, len(batch.labels))
+    def _stored(self, batch, channel):
+        """Return (z, k) such that z[:, k] is a channel of the searched node."""
+        if self.node in batch.values.z:
+            return batch.values.z[self.node], channel
+        weight, bias = (w[channel] for w in batch.weights)
+        return _output_channel(self.node, batch.x, weight, bias), 0
 
-    def _change(self, batch, place, channel, u, moments, amount, y=None):
-        """Return what z[channel] + amount * u makes of z_next, written to y if that is given."""
-        stage, following, run = self.stages[self.d], self.stages[self.d + 1], new_pass(len(batch.labels))
-        channels, a, statistics = slice(channel, channel + 1), None, None
-        if stage.apart:
-            a = changes.channel_sum(*place, u, amount)
-            for layer in stage.apart:
-                a = layer.forward_channels(a, run, channels)
-                channels = slice(channel * a.shape[1], (channel + 1) * a.shape[1])
-            a = cpu.as_maps(a)
-            change, tail = a - batch.a[:, channels], no_tail(a)
+    # ---- what is kept of a mini-batch ----
+
+    def _is_far_behind(self, batch):
+        """Return whether so many channels have changed that it is less work to compute the bases anew."""
+        changed = np.unique(self.cache.missed(batch)[0][:, 0])
+        return len(changed) > MANY_CHANNELS and not all(node.is_dense for node in self.reach.spread)
+
+    def _catch_up(self, batch):
+        """Bring a mini-batch up to date with the changes of weights that it has missed."""
+        places, amounts = self.cache.missed(batch)
+        batch.applied = self.cache.n_logged
+        for channel in np.unique(places[:, 0]):
+            own = places[:, 0] == channel
+            z, k = self._stored(batch, channel)
+            direction, moments = self._direction(batch, z, k, channel, places[own], amounts[own])
+            changes = self._changes(batch, z, k, channel, direction, moments, np.float32(1))
+            self.reach.adopt(batch.values, batch.epilogues, changes, channel)
+            if batch.weights is not None:
+                weight, bias = batch.weights
+                weight[channel], bias[channel] = (w[channel] for w in (
+                    self.node.linear.weight, self.node.linear.bias))
+
+    def _input(self, batch):
+        """Return the input of the searched node, how to make it again (or None), and the nodes before."""
+        values, node = Values(len(batch.labels), self.fixed), self.node
+        x = computed(cpu.propagate(self.graph.head, cpu.pack(batch.images), Pass(cpu, values.n_images)))
+        values.put(self.graph.nodes[0], as_maps(x))
+        for before in self.graph.nodes[1 : node.index]:
+            if before in self.reach.needed:
+                values.compute(before)
+            for done in [z for z in values.z if z.last_reader <= before.index]:
+                del values.z[done]
+        if node.input is None:
+            return None, None, values
+        left, source, remade = values.along(node.input), node.input.source, None
+        if not node.is_dense and self._is_first(source) and not self._keeps_value(source):
+            remade = Rematerialized(x, left.epilogue)
+        x = left if left.epilogue.pool == NO_POOL and not node.is_dense else apply_epilogue(*left)
+        return as_maps(x.reshape(len(x), -1, LANES)) if node.is_dense else x, remade, values
+
+    def _is_first(self, node):
+        """Return whether a node is made of the images alone, by a convolution."""
+        return (isinstance(node.linear, Conv2D) and not node.addends and not node.input.layers
+                and node.input.source is self.graph.nodes[0])
+
+    def _keeps_value(self, node):
+        """Return whether the value of a node is kept, and not computed by channel when it is needed."""
+        few = isinstance(node.linear, Conv2D) and node.linear.weight[0].size <= FEW_TAPS
+        return not few or bool(node.addends)
+
+    def _compute_searched(self, x, values):
+        """Compute the value of the searched node from its input."""
+        node = self.node
+        if node.addends or node.linear is None:
+            values.compute(node)
         else:
-            if stage.norm:
-                known = (s[channels] for s in batch.statistics[stage.norm.name])
-                statistics = _moved(*known, moments, amount)
-                run.statistics[stage.norm.name] = statistics
-            before = batch.tail._replace(scale=batch.tail.scale[channels], shift=batch.tail.shift[channels])
-            tail = stage.tail(1, statistics, channels)
-            change = changes.tail_change(*place, u, amount, before, tail)
-        features = channels
-        if isinstance(following.mixing, Dense):  # which sees the pixels of a channel as features
-            width = change[0, 0].size // LANES
-            features = slice(channels.start * width, channels.stop * width)
-        z_next = following.mix(change, None, run.n_images, features, batch.z_next, y)
-        return Change(channels, a, tail, run.statistics, *z_next)
+            values.z[node], values.statistics[node] = apply_linear(node, x, None, values.n_images)
 
-    def _finish(self, z_next, statistics, n_images):
-        """Return the loss from the output of the next stage's mixing layer, and the statistics behind it."""
-        run = new_pass(n_images)
-        z, _ = onward(self.stages[self.d + 1 :], z_next, statistics, run)
-        return cpu.mean_loss(z.reshape(len(z), -1, LANES), self.batch.labels), run.statistics
+    def _compute(self, batch):
+        """Compute the bases for a mini-batch, and keep them if there is room."""
+        reach, node, x, remade = self.reach, self.node, batch.x, None
+        held = batch.values if batch.is_held else None
+        if x is None or isinstance(x, Rematerialized) or not reach.by_input:
+            x, remade, values = self._input(batch)
+        else:
+            values = Values(len(batch.labels), self.fixed)
+        if node.index > 0:
+            self._compute_searched(x, values)
+        for later in self.graph.nodes[node.index + 1 :]:
+            if later in reach.base_edges and reach.base_edges[later]:
+                values.compute(later, reach.base_edges[later], y=held and held.z[later])
+            elif later in reach.needed:
+                values.compute(later)
+        keeps_value = self._keeps_value(node)
+        batch.epilogues = {edge: values.epilogue(edge) for one in reach.one for edge in one.outputs}
+        batch.weights = None if keeps_value else (node.linear.weight.copy(), node.linear.bias.copy())
+        values.z = {kept: z for kept, z in values.z.items()
+                    if reach.base_edges.get(kept) or (kept is node and node.index == 0)}
+        if not keeps_value:
+            del values.z[node]
+        batch.loss_applied, batch.applied = None, self.cache.n_logged
+        if held:
+            for kept, z in values.z.items():
+                if z is not held.z[kept]:
+                    copy(z, held.z[kept])
+            held.statistics.update(values.statistics)
+        else:
+            batch.x, batch.values = x, values
+            self._hold(batch, remade if keeps_value else None)
+
+    def _hold(self, batch, remade=None):
+        """Keep a mini-batch until it comes back, if that is likely and there is room."""
+        n_weights = self.node.linear.weight.size if self.node.linear else 0
+        if self.key is None or (batch.visits == 1 and n_weights <= MANY):
+            return
+        z, x = batch.values.z, batch.x
+        if remade and _array(x).nbytes > sum(array.nbytes for array in z.values()):
+            x = remade  # instead of what would be most of the memory
+        arrays = [*z.values()] if x is None else [_array(x), *z.values()]
+        copies = self.cache.arena.hold(arrays)
+        if copies is not None:
+            batch.is_held = True
+            batch.values.z = dict(zip(z, copies[len(copies) - len(z) :], strict=True))
+            if x is not None:
+                batch.x = type(x)(copies[0], x.epilogue) if isinstance(x, tuple) else copies[0]
+
+
+def _place_of(parameter, index):
+    """Return output channel, input channel (or BIAS, NO_TAP), row and column of a weight."""
+    if parameter.name in ("gamma", "beta"):
+        return index[0], NO_TAP, 0, 0
+    if parameter.name == "bias":
+        return index[0], BIAS, 0, 0
+    return index if parameter.value.ndim == 4 else (*index, 0, 0)
 
 
 def _array(x):
-    """Return the array in the input of a stage: Pending and Remade are (array, tail)."""
+    """Return the array in the input of a node: Deferred and Rematerialized are (array, epilogue)."""
     return x[0] if isinstance(x, tuple) else x
 
 
-def _output(stage, x, weight, bias, z=None, k=0):
-    """Return one output channel of a stage's convolution, (n_blocks, 1, h, w, LANES) or as channel k of z."""
+def _output_channel(node, x, weight, bias, z=None, k=0):
+    """Return one output channel of a node's convolution, (n_blocks, 1, h, w, LANES) or as channel k of z."""
     taps = np.array([(BIAS, 0, 0), *np.ndindex(weight.shape)])
-    return changes.change_of_channel(x, taps, np.append(bias, weight), stage.size, stage.step, u=z, k_u=k)[0]
+    return channel_direction(x, taps, np.append(bias, weight), node.linear.size, node.step, direction=z,
+                             k_out=k)[0]
 
 
 def _moved(mean, variance, moments, amount):
-    """Return mean and variance (1,) of z + amount * u, in closed form."""
-    mean_u, covariance, variance_u = moments
+    """Return mean and variance (1,) of z + amount * direction, in closed form."""
+    mean_d, covariance, variance_d = moments
     mean, variance, amount = float(mean[0]), float(variance[0]), float(amount)
-    variance += 2 * amount * covariance + amount * amount * variance_u
-    return np.array([mean + amount * mean_u]), np.array([max(variance, 0.0)])
+    variance += 2 * amount * covariance + amount * amount * variance_d
+    return np.array([mean + amount * mean_d]), np.array([max(variance, 0.0)])

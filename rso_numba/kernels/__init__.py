@@ -1,10 +1,10 @@
-"""The arithmetic, once for every backend: `plain.py` (numpy), `cpu.py` and `cuda.py` (Numba) are twins."""
+"""The arithmetic, once for every backend: `plain.py` (NumPy), `cpu/` and `cuda/` (Numba) are twins."""
 
 import importlib.util
 import os
 
 BACKENDS = ("cpu", "numpy", "cuda")
-CHOICES = (*BACKENDS, "auto")
+BACKEND_CHOICES = (*BACKENDS, "auto")
 
 
 class GpuError(RuntimeError):
@@ -19,8 +19,8 @@ def resolve(name):
     ValueError
         If there is no such backend.
     """
-    if name not in CHOICES:
-        raise ValueError(f"unknown backend {name!r}; known backends: {', '.join(CHOICES)}")
+    if name not in BACKEND_CHOICES:
+        raise ValueError(f"unknown backend {name!r}; known backends: {', '.join(BACKEND_CHOICES)}")
     if name == "auto":
         return "cpu" if gpu_problem() else "cuda"
     return name
@@ -58,6 +58,6 @@ def gpu_problem():
     if not simulated and importlib.util.find_spec("numba_cuda") is None:
         return ("the package numba-cuda is not installed; install it and the CUDA toolkit with: "
                 "pip install -e '.[cuda]' (or [cuda12], for drivers older than CUDA 13)")
-    from . import cuda_device
+    from .cuda.device import problem
 
-    return cuda_device.problem()
+    return problem()

@@ -2,7 +2,7 @@
 
 Compiled code is cached on disk, where Numba looks for it under the name of the function. Numba notices an
 edit of the file that defines the function, but not of the files it takes formulas from; so the name under
-which we cache carries a digest of every file of this folder, and any edit here compiles anew.
+which we cache carries a digest of every file below this folder, and any edit here compiles anew.
 """
 
 import contextlib
@@ -13,8 +13,15 @@ import pathlib
 import numba
 
 FOLDER = pathlib.Path(__file__).parent
-SOURCES = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.py")))
-DIGEST = hashlib.sha256(SOURCES).hexdigest()[:12]
+
+
+def digest(folder):
+    """Return a short text that changes with every edit of a Python file in `folder` or below."""
+    sources = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))
+    return hashlib.sha256(sources).hexdigest()[:12]
+
+
+DIGEST = digest(FOLDER)
 
 # A product and a sum may become one instruction (contract), the compiler may choose the order of a sum
 # (reassoc), and 0 needs no sign (nsz). Flags that assume no NaN or infinity stay off: a loss must show them.

@@ -1,7 +1,10 @@
 """Scalar maths of the kernels, written once.
 
-Plain Python functions of single numbers: `cpu.py` compiles them for the CPU and `cuda.py` for the GPU.
-They follow the type of their arguments. A literal such as `0.25` is a float64 to Numba and would turn a
+Plain Python functions of single numbers: `cpu/` compiles them for the CPU and `cuda/` for the GPU. Where the
+CPU computes with vectors it needs some of them in another form: those kernels name the formula they compute,
+and `tests/test_formulas.py` compares both.
+
+Formulas follow the type of their arguments. A literal such as `0.25` is a float64 to Numba and would turn a
 float32 formula into a float64 one; constants are therefore float32, exact, and widen next to a float64.
 """
 
@@ -11,6 +14,9 @@ import numpy as np
 
 ZERO = np.float32(0)
 QUARTER = np.float32(0.25)
+
+# how a pool between two linear layers is told to a kernel; MAX and MEAN take windows of 2x2
+NO_POOL, MAX, MEAN, GLOBAL_MAX, GLOBAL_MEAN = range(5)
 
 
 def relu(x):
@@ -42,6 +48,7 @@ def batchnorm_gradient(x, dy, mean, inverse_std, gamma, mean_dy, mean_dy_normali
     """Return dx of y = gamma * (x - mean) * inverse_std + beta, where mean and inverse_std depend on x too.
 
     `mean_dy` and `mean_dy_normalized` are the channel's means of dy and of dy * (x - mean) * inverse_std.
+    (The CPU has this with vectors, behind the gradient of a ReLU: `batchnorm_gradient_blocks`.)
     """
     normalized = (x - mean) * inverse_std
     return gamma * inverse_std * (dy - mean_dy - normalized * mean_dy_normalized)
@@ -64,6 +71,7 @@ def changed_cross_entropy(own, others, largest, labelled):
     """Return cross_entropy of an image one of whose logits is `own` now; `labelled` is that of the label.
 
     `others` is the sum of exp_difference over the other classes, `largest` their largest logit.
+    (The CPU has this for many images at once, with one logarithm for LANES of them: `cpu/last_layer.py`.)
     """
     top = own if own >= largest or own != own else largest
     return math.log(others * math.exp(largest - top) + math.exp(own - top)) + top - labelled
@@ -82,3 +90,10 @@ def smallest_of_three(keep, plus, minus):
 def cross_entropy_gradient(logit, largest, total, target, n_images):
     """Return d(mean cross-entropy)/d(logit); target is 1 for the label's logit and 0 for the others."""
     return (math.exp(logit - largest) / total - target) / n_images
+
+
+def pooled_shape(shape, pool):
+    """Return the shape (C, h, w) of what an Epilogue makes of maps (C, H, W)."""
+    if pool in (MAX, MEAN):
+        return shape[0], shape[1] // 2, shape[2] // 2
+    return shape if pool == NO_POOL else (shape[0], 1, 1)

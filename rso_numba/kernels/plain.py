@@ -1,6 +1,6 @@
 """The `numpy` backend: every kernel as whole-array NumPy code, written to be read.
 
-Each function here has a twin of the same name and arguments in `cpu.py`, in the same order.
+Each function here has a twin of the same name and arguments in `cpu/` and in `cuda/`.
 Arrays are (N, C, H, W) or (N, features), in the dtype of the input.
 """
 
@@ -18,18 +18,45 @@ def unpack(x, n_images):
     return x[:n_images]
 
 
-def scale_shift(x, scale, shift, with_relu=False, lazy=False):
-    """Return scale * x + shift, channel by channel, or the ReLU of it; at once, even if it may be `lazy`."""
-    # x (N, C, H, W), scale (C,), shift (C,)
-    y = x * scale[:, None, None] + shift[:, None, None]
-    return relu_forward(y) if with_relu else y
+def propagate(layers, x, run):
+    """Return the output of a chain of layers; `run` is the `Pass`."""
+    for layer in layers:
+        x = layer.forward(x, run)
+    return x
 
 
-def conv2d_forward(x, weight, bias, exact_zeros=True):
-    """Return the cross-correlation of `x` with 3x3 (padded by 1) or 1x1 filters, plus bias.
+def backpropagate(layers, dy, run):
+    """Return the gradient of the loss with respect to the input of a chain; None if nobody wants it."""
+    for layer in reversed(layers):
+        dy = layer.backward(dy, run)
+        if dy is None or layer is run.first:
+            return None
+    return dy
 
-    Here a sum of zeros is 0 in any case; see `cpu.py`.
-    """
+
+def add(a, b):
+    """Return a + b: the sum of two branches, or of their gradients."""
+    return a + b
+
+
+def scale_shift(x, scale, shift):
+    """Return scale * x + shift, channel by channel."""
+    # x (N, C, H, W) or (N, C), scale (C,), shift (C,)
+    return x * _per_channel(scale, x) + _per_channel(shift, x)
+
+
+def _per_channel(values, x):
+    # values (C,) in a shape that meets x (N, C, H, W) or (N, C)
+    return values.reshape(-1, *[1] * (x.ndim - 2))
+
+
+def _without_channels(x):
+    # the axes of x over which a channel is summed up: images and, if there are any, pixels
+    return (0, *range(2, x.ndim))
+
+
+def conv2d_forward(x, weight, bias):
+    """Return the cross-correlation of `x` with 3x3 (padded by 1) or 1x1 filters, plus bias."""
     # x (N, C_in, H, W), weight (C_out, C_in, k, k), bias (C_out,) -> (N, C_out, H, W)
     y = np.tensordot(_patches(x, weight.shape[2]), weight, axes=([1, 4, 5], [1, 2, 3]))
     return np.ascontiguousarray((y + bias).transpose(0, 3, 1, 2))
@@ -64,26 +91,22 @@ def dense_backward(x, weight, dy):
 
 def batchnorm_statistics(x, n_images):
     """Return mean and (biased) variance of each channel over images and pixels."""
-    # x (N, C, H, W) -> (C,), (C,)
-    mean = x.mean(axis=(0, 2, 3), dtype=np.float64)
-    variance = x.var(axis=(0, 2, 3), dtype=np.float64)
+    # x (N, C, H, W) or (N, C) -> (C,), (C,)
+    mean = x.mean(axis=_without_channels(x), dtype=np.float64)
+    variance = x.var(axis=_without_channels(x), dtype=np.float64)
     return mean.astype(x.dtype), variance.astype(x.dtype)
 
 
-def batchnorm_backward(x, dy, mean, variance, gamma, epsilon, n_images, relu=None):
-    """Return the gradients (dx, dgamma, dbeta) of BatchNorm with the statistics of this batch.
-
-    With `relu`, the scale and shift of the forward pass, dy is the gradient behind a ReLU.
-    """
-    dy = dy if relu is None else relu_backward(scale_shift(x, *relu), dy)
+def batchnorm_backward(x, dy, mean, variance, gamma, epsilon, n_images):
+    """Return the gradients (dx, dgamma, dbeta) of BatchNorm with the statistics of this batch."""
     # y = gamma * z + beta, z = (x - mean) / sqrt(variance + epsilon); mean and variance depend on x
     inverse = 1 / np.sqrt(variance + x.dtype.type(epsilon))
     z = scale_shift(x, inverse, -mean * inverse)
-    dbeta = dy.sum(axis=(0, 2, 3))
-    dgamma = (dy * z).sum(axis=(0, 2, 3))
+    dbeta = dy.sum(axis=_without_channels(x))
+    dgamma = (dy * z).sum(axis=_without_channels(x))
     count = x.dtype.type(x[:, 0].size)
-    centred = dy - (dbeta[:, None, None] + z * dgamma[:, None, None]) / count
-    return centred * (gamma * inverse)[:, None, None], dgamma, dbeta
+    centred = dy - (_per_channel(dbeta, x) + z * _per_channel(dgamma, x)) / count
+    return centred * _per_channel(gamma * inverse, x), dgamma, dbeta
 
 
 def relu_forward(x):

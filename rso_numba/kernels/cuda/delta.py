@@ -10,17 +10,13 @@ import math
 import numpy as np
 from numba import cuda
 
-from . import formulas
-from .cuda_device import LANES, THREADS, block_sum
-from .tails import GLOBAL_MAX, KEEP, MAX, MEAN
+from .. import formulas
+from .device import LANES, THREADS, block_sum
 
 ZERO = np.float32(0)
 LOSSES, CHOICE, BEFORE, AFTER, RECORD = 0, 3, 4, 5, 6  # columns of a trial's record, and their number
 N_CANDIDATES = 3
 
-relu = cuda.jit(device=True)(formulas.relu)
-maximum = cuda.jit(device=True)(formulas.maximum)
-mean_of_four = cuda.jit(device=True)(formulas.mean_of_four)
 smallest_of_three = cuda.jit(device=True)(formulas.smallest_of_three)
 
 
@@ -82,7 +78,7 @@ def decide_kernel(trial, weights, position, delta, decay, sums, n_images, record
 
 @cuda.jit
 def merge_kernel(weight, merged):
-    # weight (n, C_in, size, size) -> merged (n, C_in, size + 1, size + 1), as changes.merged_with_avgpool
+    # weight (n, C_in, size, size) -> merged (n, C_in, size + 1, size + 1), as cpu's `merged_with_avgpool`
     lane, row = cuda.grid(2)
     size, n_in = weight.shape[2], weight.shape[1]
     for task in range(row * LANES + lane, merged.size, cuda.gridsize(2)[1] * LANES):
@@ -94,6 +90,31 @@ def merge_kernel(weight, merged):
             for column in range(max(j - 1, 0), min(j + 1, size)):
                 total += formulas.QUARTER * weight[o, c, row_of, column]
         merged[o, c, i, j] = total
+
+
+@cuda.jit
+def copy_channel_kernel(x, k, adds, y):
+    # x (n_blocks, C, h, w * LANES) -> y (n_blocks, n, h, w * LANES): each of its channels is channel k of x,
+    # or with `adds` has it added
+    lane, first = cuda.grid(2)
+    n_pixels = y.shape[3] // LANES
+    for task in range(first, y.shape[0] * y.shape[1] * y.shape[2] * n_pixels, cuda.gridsize(2)[1]):
+        i, rest = task % n_pixels * LANES + lane, task // n_pixels
+        h, rest = rest % y.shape[2], rest // y.shape[2]
+        b, v = rest // y.shape[1], rest % y.shape[1]
+        y[b, v, h, i] = x[b, k, h, i] + (y[b, v, h, i] if adds else ZERO)
+
+
+@cuda.jit
+def replace_channel_kernel(x, k, candidates, y):
+    # x (n_blocks, C, LANES), candidates (n_blocks, 3, LANES) -> y (3 * n_blocks, C, LANES): x with each of
+    # the candidates as its channel k
+    lane, first = cuda.grid(2)
+    n_blocks = x.shape[0]
+    for task in range(first, y.shape[0] * y.shape[1], cuda.gridsize(2)[1]):
+        b, c = task // y.shape[1], task % y.shape[1]
+        n = b % n_blocks
+        y[b, c, lane] = candidates[n, b // n_blocks, lane] if c == k else x[n, c, lane]
 
 
 @cuda.jit
@@ -133,41 +154,3 @@ def follow_kernel(statistics, first, n, but, momentum, running):
         if first + c != but:
             for i in range(2):
                 running[i, first + c] += momentum * (statistics[i, 0, c] - running[i, first + c])
-
-
-@cuda.jit(device=True)
-def scaled(z, scale, shift, is_relu):
-    value = scale * z + shift
-    return relu(value) if is_relu else value
-
-
-@cuda.jit
-def tail_kernel(z, scale, shift, is_relu, pool, y):
-    # z (n_blocks, C, H, W, LANES) -> y (n_blocks, C, h, w, LANES) = pool(relu(scale * z + shift))
-    # scale, shift (n_candidates, C); twin of what tails.tail_row does. y may be z if nothing is pooled.
-    lane, first = cuda.grid(2)
-    n_blocks, height, width = z.shape[0] // scale.shape[0], y.shape[2], y.shape[3]
-    for task in range(first, y.shape[0] * y.shape[1] * height * width, cuda.gridsize(2)[1]):
-        w, rest = task % width, task // width
-        h, rest = rest % height, rest // height
-        b, c = rest // y.shape[1], rest % y.shape[1]
-        a, d = scale[b // n_blocks, c], shift[b // n_blocks, c]
-        if pool == KEEP:
-            result = scaled(z[b, c, h, w, lane], a, d, is_relu)
-        elif pool in (MAX, MEAN):
-            v0 = scaled(z[b, c, 2 * h, 2 * w, lane], a, d, is_relu)
-            v1 = scaled(z[b, c, 2 * h, 2 * w + 1, lane], a, d, is_relu)
-            v2 = scaled(z[b, c, 2 * h + 1, 2 * w, lane], a, d, is_relu)
-            v3 = scaled(z[b, c, 2 * h + 1, 2 * w + 1, lane], a, d, is_relu)
-            if pool == MAX:
-                result = maximum(maximum(v0, v1), maximum(v2, v3))
-            else:
-                result = mean_of_four(v0, v1, v2, v3)
-        else:
-            result = scaled(z[b, c, 0, 0, lane], a, d, is_relu)
-            for pixel in range(1, z.shape[2] * z.shape[3]):
-                value = scaled(z[b, c, pixel // z.shape[3], pixel % z.shape[3], lane], a, d, is_relu)
-                result = maximum(result, value) if pool == GLOBAL_MAX else result + value
-            if pool != GLOBAL_MAX:
-                result = result / np.float32(z.shape[2] * z.shape[3])
-        y[b, c, h, w, lane] = result

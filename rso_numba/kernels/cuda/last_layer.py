@@ -1,4 +1,4 @@
-"""The kernels of the search in the last layer, where the loss has a closed form: a launch for many trials.
+"""The search in the last layer, where the loss has a closed form: a launch for many trials.
 
 Each mini-batch has a *slot*, where all images of a feature, or of a logit, are side by side. A weight of the
 last layer moves one logit by a multiple of one feature. Changes that were kept are written into a log, and
@@ -8,10 +8,10 @@ the logits of a slot catch up with it when their mini-batch comes back.
 import numpy as np
 from numba import config, cuda
 
-from . import formulas
-from .cuda import exp_difference, maximum
-from .cuda_changes import AFTER, BEFORE, CHOICE, LOSSES, candidate, smallest_of_three
-from .cuda_device import LANES, block_sum
+from .. import formulas
+from .delta import AFTER, BEFORE, CHOICE, LOSSES, candidate, smallest_of_three
+from .device import LANES, block_sum
+from .softmax import exp_difference, maximum
 
 ZERO, ONE, INFINITY = np.float32(0), np.float32(1), np.float32(np.inf)
 
@@ -81,14 +81,14 @@ def replay(z, a, n, log, log_amounts, missed, length):
 
 
 @cuda.jit
-def last_layer_kernel(where, deltas, n_trials, decay, features, logits, slot_labels, applied,
-                      log, log_amounts, log_length, weights, records):
+def last_layer_kernel(where, deltas, decay, features, logits, slot_labels, applied, log, log_amounts,
+                      log_length, weights, records):
     # where (n_trials, WHERE), deltas (n_trials,); features, logits, slot_labels, applied as above
     # log (n, 2) of logit and feature, log_amounts (n,); weights (n_weights,); records (n_trials, RECORD)
     # One CUDA block of MANY_THREADS, every thread with images of its own.
     thread = cuda.threadIdx.y * LANES + cuda.threadIdx.x
     parts = cuda.shared.array(MANY_THREADS, np.float64)
-    for trial in range(n_trials):
+    for trial in range(where.shape[0]):
         position, k, j = where[trial, POSITION], where[trial, LOGIT], where[trial, FEATURE]
         slot, n_images = where[trial, SLOT], where[trial, IMAGES]
         a, z, labels = features[slot], logits[slot], slot_labels[slot]

@@ -14,7 +14,7 @@ import warnings
 import numpy as np
 from numba import config, cuda
 
-from . import GpuError
+from .. import GpuError
 
 # Numba's simulator starts a thread of Python for every thread of the GPU: a few must do
 LANES, ROWS, MOST_BLOCKS = (4, 2, 2) if config.ENABLE_CUDASIM else (32, 4, 65535)

@@ -1,24 +1,47 @@
-"""The kernels of convolution and dense layer for the GPU, on packed images as drawn in `cuda.py`.
+"""The convolution: nearly all the time of a network is spent here.
 
-A thread of the convolution computes a *tile* of outputs of its image, CHANNELS x PIXELS sums in registers:
-then every pixel and every weight that it fetches serves several multiplications. All lanes of a warp need the
-same weight at the same time, which is one fetch for all of them. The loops over a tile have constant bounds:
-the compiler unrolls them, and only then can the sums live in registers.
+A thread computes a *tile* of outputs of its image, CHANNELS x PIXELS sums in registers: then every pixel and
+every weight that it reads serves several multiplications. All lanes of a warp need the same weight at the
+same time, which is read once for all of them. The loops over a tile have constant bounds: the compiler
+unrolls them, and only then can the sums live in registers.
 
-Both forward kernels can add up a part of the input channels only, on top of what others contributed before.
-`part` = (n_start, x_first, first, n) says which: n channels, from x_first on in x and from `first` on in the
-weights; the sums begin at start[b % n_start], or at the bias if n_start is 0. y may have several times as
-many blocks as x: then x holds that many candidates for these channels, and they follow each other.
+The forward kernels of convolution and dense layer can add up a part of the input channels only, on top of
+what others contributed before. `part` = (n_start, x_first, first, n) says which: n channels, from x_first on
+in x and from `first` on in the weights; the sums begin at start[b % n_start], or at the bias if n_start is 0.
+y may have several times as many blocks as x: then x holds that many candidates for these channels, and they
+follow each other.
 """
 
 import numpy as np
 from numba import cuda
 
-from .cuda_device import LANES, ROWS, THREADS, block_sum
+from .device import LANES, ROWS, THREADS, block_sum, empty, launch, launch_blocks, to_device, to_host
+from .layout import add_blocks, by_line
+from .norms import channel_totals
 
 ZERO = np.float32(0)
 
 CHANNELS, PIXELS = 4, 8  # of a tile: output channels, and neighbours in a row
+
+
+def conv2d_forward(x, weight, bias):
+    """Return the cross-correlation of x with 3x3 (padded by 1) or 1x1 filters, plus bias."""
+    return conv2d_strided(x, weight, bias, stride=1)
+
+
+def conv2d_strided(x, weight, bias, stride):
+    """Return the same, or with stride 2 the correlation with 4x4 or 2x2 filters.
+
+    These are 3x3 or 1x1 filters that the 2x2 average pool behind them was merged into.
+    """
+    # x (n_blocks, C_in, H, W, LANES), weight (C_out, C_in, k, k), bias (C_out,)
+    # -> (n_blocks, C_out, H // stride, W // stride, LANES)
+    n_blocks, _, height, width, _ = x.shape
+    y = empty((n_blocks, len(weight), height // stride, width // stride, LANES), x.dtype)
+    tiles = -(-len(weight) // CHANNELS) * y.shape[2] * -(-y.shape[3] // PIXELS)
+    launch(CONV2D_KERNELS[weight.shape[2], stride], n_blocks * tiles,
+           by_line(x), to_device(weight), to_device(bias), by_line(y), (0, 0, 0, x.shape[1]), by_line(y))
+    return y
 
 
 def _conv2d_kernel(size, stride):
@@ -59,9 +82,9 @@ def _conv2d_kernel(size, stride):
                             line[q] = x[b_x, c_x + i, row, place] if 0 <= place < x.shape[3] else ZERO
                         for j in range(CHANNELS):
                             for kw in range(size):
-                                u = weight[min(o + j, n_channels - 1), weight_first + i, kh, kw]
+                                factor = weight[min(o + j, n_channels - 1), weight_first + i, kh, kw]
                                 for p in range(PIXELS):
-                                    sums[j, p] += u * line[stride * p + kw]
+                                    sums[j, p] += factor * line[stride * p + kw]
             for j in range(CHANNELS):
                 for p in range(PIXELS):
                     if o + j < n_channels and w + p < width_out:
@@ -72,6 +95,18 @@ def _conv2d_kernel(size, stride):
 
 # by filter size and stride; with stride 2, a 3x3 or 1x1 filter merged with the 2x2 average pool after it
 CONV2D_KERNELS = {key: _conv2d_kernel(*key) for key in ((3, 1), (1, 1), (4, 2), (2, 2))}
+
+
+def conv2d_backward(x, weight, dy, wants_dx=True):
+    """Return the gradients (dx, dweight, dbias) of conv2d_forward; dx is None unless somebody wants it."""
+    dx = None
+    if wants_dx:  # a convolution of dy with the filters turned by 180 degrees
+        turned = weight[:, :, ::-1, ::-1].swapaxes(0, 1)
+        dx = conv2d_forward(dy, turned, np.zeros(len(turned), x.dtype))
+    dweight = empty((len(x), *weight.shape), x.dtype)
+    launch_blocks(CONV2D_WEIGHT_KERNELS[weight.shape[2]], len(x) * weight.shape[0] * weight.shape[1],
+                  x, dy, dweight)
+    return dx, add_blocks(to_host(dweight), x.dtype), channel_totals(dy)
 
 
 def _conv2d_weight_kernel(size):
@@ -109,42 +144,3 @@ def _conv2d_weight_kernel(size):
 
 
 CONV2D_WEIGHT_KERNELS = {size: _conv2d_weight_kernel(size) for size in (3, 1)}
-
-
-@cuda.jit
-def dense_kernel(x, weight, bias, start, part, y):
-    # x (n_blocks, n_in, LANES), weight (n_out, n_in), bias (n_out,); start, y (n_blocks, n_out, LANES)
-    # A CUDA block computes one output of LANES images; its rows share the inputs.
-    lane, row = cuda.threadIdx.x, cuda.threadIdx.y
-    n_out = weight.shape[0]
-    n_start, x_first, first, n_in = part
-    parts = cuda.shared.array((ROWS, LANES), x.dtype)
-    for task in range(cuda.blockIdx.y, y.shape[0] * n_out, cuda.gridDim.y):
-        o, b = task % n_out, task // n_out
-        b_x, c_x = b % x.shape[0], x_first + b // x.shape[0] * n_in
-        total = ZERO
-        for i in range(row, n_in, ROWS):
-            total += weight[o, first + i] * x[b_x, c_x + i, lane]
-        parts[row, lane] = total
-        cuda.syncthreads()
-        if row == 0:
-            total = start[b % n_start, o, lane] if n_start > 0 else bias[o]
-            for r in range(ROWS):
-                total += parts[r, lane]
-            y[b, o, lane] = total
-        cuda.syncthreads()  # before the next task overwrites the parts
-
-
-@cuda.jit
-def dense_weight_kernel(x, dy, dweight):
-    # x (n_blocks, n_in, LANES), dy (n_blocks, n_out, LANES), dweight (n_blocks, n_out, n_in)
-    # Here a thread is a weight, not an image: it adds up the images of a block by itself.
-    lane, row = cuda.grid(2)
-    n_out, n_in = dweight.shape[1], dweight.shape[2]
-    first, step = row * LANES + lane, cuda.gridsize(2)[1] * LANES
-    for task in range(first, dweight.size, step):
-        i, o, b = task % n_in, task // n_in % n_out, task // (n_in * n_out)
-        total = ZERO
-        for image in range(LANES):
-            total += dy[b, o, image] * x[b, i, image]
-        dweight[b, o, i] = total

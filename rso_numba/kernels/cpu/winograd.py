@@ -15,30 +15,47 @@ outputs that 6x6 inputs d make with a filter g, 36 multiplications take the plac
 B and A only cost additions and a few multiplications for each channel, which all the others share. The points
 are 0, 2/3, -2/3, 3/2, -3/2 and infinity: with them float32 loses little (an error of 4e-7 of the outputs'
 standard deviation, of which the direct way has 2e-7). But a filter that sees only zeros gives a number that
-is not exactly zero, if the rest of its tile is not.
+is not exactly zero, if the rest of its tile is not zero.
 
-Images are packed as drawn in `cpu.py`. Two tiles are computed at once, as two pixels are in `products.py`.
+Images are packed as drawn in `__init__.py`. Two tiles are computed at once, as two pixels are in
+`convolution.py`.
 """
+
+from collections import namedtuple
 
 import numpy as np
 from numba import prange
 
-from .compiling import formula, kernel, parallel_kernel
-from .lanes import LANES, add, fill, first_lanes, load, multiply, multiply_add, settle, store, stream
-from .memory import share_of, slab_of, slabs, threads_of
+from ..compiling import formula, kernel, parallel_kernel
+from .fusion import load_padded
+from .lanes import (
+    LANES,
+    add,
+    broadcast,
+    first_lanes,
+    load,
+    multiply,
+    multiply_add,
+    store,
+    store_fence,
+    store_nontemporal,
+)
+from .memory import block_range, n_threads_of, workspace_of, workspaces
 from .norms import around_means, count_pixels
-from .products import (
+from .tiles import (
     CHANNELS,
     PIXELS,
     eight_pairs,
-    fetch_part,
-    fetched_share,
     load_pair,
-    padded_scratch,
+    padded_workspace,
     plus_products,
+    prefetch_part,
+    prefetch_size,
     store_tile,
 )
-from .tails import enter
+
+# of all threads, see `winograd_blocks`
+Workspace = namedtuple("Workspace", "filters_at padded points products sums")
 
 SIDE, POINTS = 4, 36  # outputs of a tile are SIDE x SIDE
 P, Q = 2 / 3, 3 / 2  # points, with P Q = 1; the others are -P, -Q, 0 and infinity
@@ -66,64 +83,68 @@ def pays(weight, shape):
     return weight.shape[2] == 3 and min(weight.shape[:2]) >= 8 and 2 * n_points <= 9 * shape[1] * shape[2]
 
 
-def winograd_scratch(shape, filters, dtype):
-    """Return the arrays filters_at, padded, points, products of `winograd_blocks` for maps (C, H, W)."""
+def winograd_workspace(shape, filters, sums):
+    """Return the Workspace of `winograd_blocks` for maps (C, H, W) and filters side by side."""
     n_in, _, _, n_out = filters.weight.shape
     whole_tiles = n_in, *(SIDE * -(-n // SIDE) for n in shape[1:])
     # the number of channels is odd, for what lies apart by a power of two competes for places in the cache
-    room = (slabs("filters", (POINTS, n_in, n_out), dtype),
-            slabs("points", (POINTS, n_in | 1, PIXELS, LANES), dtype),
-            slabs("products", (POINTS, CHANNELS + 1, PIXELS, LANES), dtype))
-    filters_at, points, products = (slab.reshape(-1, *slab.shape[2:]) for slab in room)
-    return filters_at, padded_scratch(whole_tiles, SIDE + 2, SIDE, dtype), points, products
+    arrays = (workspaces("filters", (POINTS, n_in, n_out), sums.dtype),
+              workspaces("points", (POINTS, n_in | 1, PIXELS, LANES), sums.dtype),
+              workspaces("products", (POINTS, CHANNELS + 1, PIXELS, LANES), sums.dtype))
+    filters_at, points, products = (array.reshape(-1, *array.shape[2:]) for array in arrays)
+    padded = padded_workspace(whole_tiles, SIDE + 2, SIDE, sums.dtype)
+    return Workspace(filters_at, padded, points, products, sums)
 
 
 @parallel_kernel
-def winograd_blocks(z, tail, filters, streamed, n_images, y, statistics, filters_at, padded, points, products,
-                    sums):
-    # z, tail, filters, streamed, y (n_blocks, C_out, h, w, LANES), statistics, sums as in `conv2d_blocks`
-    # filters_at (n_slabs * 36, C_in, C), padded (n_slabs, C_in, rows, columns, LANES)
-    # points (n_slabs * 36, at least C_in, 2, LANES), products (n_slabs * 36, at least 8, 2, LANES)
+def winograd_blocks(z, epilogue, filters, nontemporal, n_images, y, statistics, workspace):
+    # z, epilogue, filters, nontemporal, y (n_blocks, C_out, h, w, LANES), statistics as in `conv2d_blocks`
+    # workspace: filters_at (n_workspaces * 36, C_in, C), padded (n_workspaces, C_in, rows, columns, LANES)
+    # points (n_workspaces * 36, at least C_in, 2, LANES), products (n_workspaces * 36, at least 8, 2, LANES)
+    # sums (n_workspaces, C, 3, LANES)
     z_flat = z.reshape(len(z), -1, LANES)  # see `conv2d_blocks`
-    for thread in prange(threads_of(padded)):
-        winograd_share(slab_of(thread), z, z_flat, tail, filters, streamed, n_images, y, statistics,
-                       filters_at, padded, points, products, sums)
+    for thread in prange(n_threads_of(workspace.padded)):
+        winograd_share(workspace_of(thread), z, z_flat, epilogue, filters, nontemporal, n_images, y,
+                       statistics, workspace)
 
 
 @kernel
-def winograd_share(t, z, z_flat, tail, filters, streamed, n_images, y, statistics, filters_at, padded, points,
-                   products, sums):
-    # the blocks of the thread with slab t
+def winograd_share(t, z, z_flat, epilogue, filters, nontemporal, n_images, y, statistics, workspace):
+    # the blocks of the thread with workspace t: arguments as in `winograd_blocks`
+    # z_flat is z (n_blocks, n, LANES)
+    filters_at, padded, points, products, sums = workspace
     filters_at_points(filters.weight, G, t, filters_at)  # each thread for itself: they are soon made
     height, width = -(-y.shape[2] // SIDE), -(-y.shape[3] // SIDE)  # in tiles
     n_rows, n_channels = (padded.shape[2] - 2) // SIDE, filters_at.shape[2]
     n_parts = POINTS * max(1, height * width // PIXELS) * n_channels // CHANNELS
-    start, stop = share_of(t, len(padded), len(z))
+    start, stop = block_range(t, len(padded), len(z))
     for b in range(start, stop):
         n_lanes = min(n_images - b * LANES, LANES) if statistics.shape[1] > 0 else 0  # 0: nobody counts
-        ahead, part, share = b + 1, 0, fetched_share(z_flat, n_parts, b + 1 < stop)
+        ahead, part, part_size = b + 1, 0, prefetch_size(z_flat, n_parts, b + 1 < stop)
         for first in range(0, height, n_rows):  # strip by strip
-            enter(z, b, 0, z.shape[1], tail, 0, SIDE * first - 1, 1, padded, t)
+            load_padded(z, b, 0, z.shape[1], epilogue, 0, SIDE * first - 1, 1, padded, t)
             n_tiles = min(n_rows, height - first) * width
             for tile in range(0, n_tiles, PIXELS):
                 here, other = divmod(tile, width), divmod(min(tile + 1, n_tiles - 1), width)
                 inputs_to_points(padded, t, here, other, points)
                 for o in range(0, n_channels, CHANNELS):
-                    products_at_points(points, filters_at, o, t, products, z_flat, ahead, part, share)
+                    products_at_points(points, filters_at, o, t, products, z_flat, ahead, part, part_size)
                     part += POINTS
                     points_to_outputs(products, t)
-                    put_in_place(products, t, 0, o, here, first, filters.bias, streamed, n_lanes, y, b, sums)
+                    put_in_place(products, t, 0, o, here, first, filters.bias, nontemporal, n_lanes, y, b,
+                                 sums)
                     if tile + 1 < n_tiles:
-                        put_in_place(products, t, 1, o, other, first, filters.bias, streamed, n_lanes, y, b,
-                                     sums)
+                        put_in_place(products, t, 1, o, other, first, filters.bias, nontemporal, n_lanes,
+                                     y, b, sums)
         if n_lanes > 0:
             around_means(sums, t, y.shape[2] * y.shape[3] * n_lanes, statistics, b)
-    settle()
+    store_fence()
 
 
 @kernel
 def filters_at_points(weight, g, t, filters_at):
-    # weight (C_in, 3, 3, C), g (6, 3), filters_at (n_slabs * 36, C_in, C): g @ weight @ g.T, filter by filter
+    # weight (C_in, 3, 3, C), g (6, 3)
+    # filters_at (n_workspaces * 36, C_in, C) = g @ weight @ g.T, filter by filter
     for i in range(len(g)):
         for j in range(len(g)):
             for c in range(weight.shape[0]):
@@ -169,7 +190,7 @@ def outputs_from_points(m):
 
 @kernel
 def inputs_to_points(padded, t, here, other, points):
-    # padded (n_slabs, C_in, rows, columns, LANES), points (n_slabs * 36, C_in, 2, LANES)
+    # padded (n_workspaces, C_in, rows, columns, LANES), points (n_workspaces * 36, C_in, 2, LANES)
     # of the inputs of two tiles; here and other are their row and column among the tiles of the strip
     # First down each column, for one or two points at a time: there are not as many registers as 36 values.
     p = POINTS * t
@@ -232,13 +253,13 @@ def store_six(points, p, c, j, values):
 
 
 @kernel
-def products_at_points(points, filters_at, o, t, products, z_flat, ahead, part, share):
-    # points (n_slabs * 36, C_in, 2, LANES), filters_at (n_slabs * 36, C_in, C)
-    # products (n_slabs * 36, 8, 2, LANES)
+def products_at_points(points, filters_at, o, t, products, z_flat, ahead, part, part_size):
+    # points (n_workspaces * 36, C_in, 2, LANES), filters_at (n_workspaces * 36, C_in, C)
+    # products (n_workspaces * 36, 8, 2, LANES)
     # A matrix product at each point, by tiles as in `conv2d_tile`: of output channels o to o + 7
     zero = filters_at.dtype.type(0)
     for p in range(POINTS * t, POINTS * t + POINTS):
-        fetch_part(z_flat, ahead, part, share)
+        prefetch_part(z_flat, ahead, part, part_size)
         part += 1
         y = eight_pairs(zero, zero, zero, zero, zero, zero, zero, zero)
         for i in range(filters_at.shape[1]):
@@ -248,7 +269,8 @@ def products_at_points(points, filters_at, o, t, products, z_flat, ahead, part, 
 
 @kernel
 def points_to_outputs(products, t):
-    # products (n_slabs * 36, 8, 2, LANES): the first 16 of the 36 become the outputs of a tile, row by row
+    # products (n_workspaces * 36, 8, 2, LANES)
+    # The first 16 of the 36 become the outputs of a tile, row by row.
     p = POINTS * t
     for c in range(CHANNELS):
         for j in range(PIXELS):
@@ -281,23 +303,23 @@ def put_four(products, p, c, j, outputs):
 
 
 @kernel
-def put_in_place(products, t, j, start, tile, first, bias, streamed, n_lanes, y, b, sums):
-    # products (n_slabs * 36, 8, 2, LANES), of which 16 are the outputs of tile j, from channel `start` on
+def put_in_place(products, t, j, start, tile, first, bias, nontemporal, n_lanes, y, b, sums):
+    # products (n_workspaces * 36, 8, 2, LANES): 16 are the outputs of tile j, from channel `start` on
     # -> y[b] (C_out, h, w, LANES) at a row and column of tiles, rows counted from `first` on
-    # sums (n_slabs, C, 3, LANES); n_lanes hold images, 0 if nothing is counted
+    # sums (n_workspaces, C, 3, LANES); n_lanes hold images, 0 if nothing is counted
     h, w = SIDE * (first + tile[0]), SIDE * tile[1]
     height, width = min(SIDE, y.shape[2] - h), min(SIDE, y.shape[3] - w)
-    is_real, none = first_lanes(n_lanes, y.dtype.type(1)), fill(y.dtype.type(0))
+    is_real, none = first_lanes(n_lanes, y.dtype.type(1)), broadcast(y.dtype.type(0))
     left = is_real, is_real if width > 1 else none
     right = is_real if width > 2 else none, is_real if width > 3 else none
     for i in range(height):
         p = POINTS * t + SIDE * i
         for o in range(start, min(start + CHANNELS, y.shape[1])):
             for k in range(width):
-                value = add(load(products, (p + k, o - start, j)), fill(bias[o]))
+                value = add(load(products, (p + k, o - start, j)), broadcast(bias[o]))
                 store(products, (p + k, o - start, j), value)
-                if streamed:
-                    stream(y, (b, o, h + i, w + k), value)
+                if nontemporal:
+                    store_nontemporal(y, (b, o, h + i, w + k), value)
                 else:
                     store(y, (b, o, h + i, w + k), value)
             if n_lanes > 0:

@@ -1,39 +1,28 @@
-"""The kernels of softmax and cross-entropy, on packed logits, (n_blocks, n_classes, LANES): see `cpu.py`."""
+"""Softmax and cross-entropy, on packed logits, (n_blocks, n_classes, LANES)."""
 
 import numpy as np
 from numba import prange
 
-from . import formulas
-from .compiling import formula, kernel, parallel_kernel
+from .. import formulas
+from ..compiling import formula, kernel, parallel_kernel
+from .activations import computed
 from .lanes import LANES
+from .memory import empty
 
 ZERO = np.float32(0)
 ONE = np.float32(1)
-
 maximum = formula(formulas.maximum)
 exp_difference = formula(formulas.exp_difference)
 image_loss = formula(formulas.cross_entropy)
 image_loss_gradient = formula(formulas.cross_entropy_gradient)
 
 
-@kernel
-def fast_exp(x):
-    """Return exp(x) within a relative 3e-7, for x in -87..88 (beyond: of the nearer of them).
-
-    Without Intel's vector library, as pip installs Numba, `math.exp` is a call for every number; this
-    is arithmetic that LLVM makes vector instructions of. exp(x) = 2^n exp(r), |r| < log(2) / 2.
-    """
-    x = min(max(x, np.float32(-87)), np.float32(88))
-    n = np.int32(x * np.float32(1.44269504) + (np.float32(0.5) if x > ZERO else np.float32(-0.5)))
-    # r = x - n log(2), with log(2) in two parts, the first of which has few bits
-    r = x - np.float32(n) * np.float32(0.693359375) + np.float32(n) * np.float32(2.12194440e-4)
-    p = np.float32(1 / 720)
-    p = p * r + np.float32(1 / 120)
-    p = p * r + np.float32(1 / 24)
-    p = p * r + np.float32(1 / 6)
-    p = p * r + np.float32(0.5)
-    p = (p * r + ONE) * r + ONE
-    return p * np.int32((n + np.int32(127)) << np.int32(23)).view(np.float32)  # the bits of 2^n
+def cross_entropy(logits, labels):
+    """Return -log softmax(logits)[label] of every image."""
+    logits = computed(logits)
+    losses = np.empty(len(labels), logits.dtype)
+    cross_entropy_blocks(logits, labels, losses)
+    return losses
 
 
 @parallel_kernel
@@ -58,6 +47,14 @@ def softmax_sums(logits, lane):
     return largest, total
 
 
+def mean_loss(logits, labels):
+    """Return the mean cross-entropy: summed block by block, then over the blocks, in float64."""
+    logits = computed(logits)
+    sums = np.empty(len(logits))
+    loss_blocks(logits, labels, sums)
+    return float(sums.sum()) / len(labels)
+
+
 @parallel_kernel
 def loss_blocks(logits, labels, sums):
     # logits (n_blocks, n_classes, LANES), labels (N,), sums (n_blocks,) of the losses of a block
@@ -79,6 +76,34 @@ def block_loss(logits, labels):
     for lane in range(len(labels)):
         result += image_loss(logits[labels[lane], lane], largest[lane], total[lane])
     return result
+
+
+@kernel
+def fast_exp(x):
+    """Return exp(x) within a relative 3e-7, for x in -87..88 (beyond: of the nearer of them).
+
+    Without Intel's vector library, as pip installs Numba, `math.exp` is a call for every number; this
+    is arithmetic that LLVM makes vector instructions of. exp(x) = 2^n exp(r), |r| < log(2) / 2.
+    """
+    x = min(max(x, np.float32(-87)), np.float32(88))
+    n = np.int32(x * np.float32(1.44269504) + (np.float32(0.5) if x > ZERO else np.float32(-0.5)))
+    # r = x - n log(2), with log(2) in two parts, the first of which has few bits
+    r = x - np.float32(n) * np.float32(0.693359375) + np.float32(n) * np.float32(2.12194440e-4)
+    p = np.float32(1 / 720)
+    p = p * r + np.float32(1 / 120)
+    p = p * r + np.float32(1 / 24)
+    p = p * r + np.float32(1 / 6)
+    p = p * r + np.float32(0.5)
+    p = (p * r + ONE) * r + ONE
+    return p * np.int32((n + np.int32(127)) << np.int32(23)).view(np.float32)  # the bits of 2^n
+
+
+def cross_entropy_backward(logits, labels):
+    """Return the gradient of the mean cross-entropy: (softmax - one-hot) / N, 0 in lanes without image."""
+    logits = computed(logits)
+    dlogits = empty(logits.shape, logits.dtype)
+    cross_entropy_gradient_blocks(logits, labels, dlogits)
+    return dlogits
 
 
 @parallel_kernel

@@ -1,4 +1,4 @@
-"""The kernels of BatchNorm, on packed images, (n_blocks, ..., LANES), as drawn in `cpu.py`.
+"""BatchNorm: statistics of a batch, and its gradient.
 
 Sums over images leave out the lanes that hold none, and end in float64, block by block.
 """
@@ -6,19 +6,43 @@ Sums over images leave out the lanes that hold none, and end in float64, block b
 import numpy as np
 from numba import prange
 
-from .compiling import formula, kernel, parallel_kernel
+from ..compiling import formula, kernel, parallel_kernel
+from .activations import computed
+from .fusion import MaskedGradient
 from .lanes import (
     LANES,
     add,
-    add_up,
-    fill,
+    broadcast,
     first_lanes,
     load,
     multiply,
     multiply_add,
     relu_gradient,
     store,
+    sum_lanes,
 )
+from .layout import add_rows, by_channel
+from .memory import empty
+
+
+def batchnorm_statistics(x, n_images):
+    """Return mean and (biased) variance of each channel over images and pixels."""
+    x = computed(x)
+    return mean_and_variance(all_statistics(x, n_images), n_images, x)
+
+
+def all_statistics(x, n_images):
+    """Return sums and sums of squares around the mean, (2, n_blocks, C) float64."""
+    statistics = np.empty((2, *x.shape[:2]))
+    statistics_blocks(by_channel(x), n_images, statistics)
+    return statistics
+
+
+def mean_and_variance(statistics, n_images, x):
+    """Return mean and variance of each channel of x from the statistics of its blocks."""
+    moments = np.empty((2, statistics.shape[2]), x.dtype)
+    add_statistics(statistics, n_images, x[0, 0].size // LANES, moments)
+    return moments[0], moments[1]
 
 
 @parallel_kernel
@@ -40,6 +64,30 @@ def block_statistics(x, b, c, n_lanes):
     return total, moment(x, b, c, x.dtype.type(total / (x.shape[2] * n_lanes)), 2, n_lanes)
 
 
+@kernel
+def deviations(x, b, c, center, squared):
+    # x[b, c] (n_pixels, LANES) -> sum of x - center or its square: 32 pixels in its own type, then in float64
+    result = 0.0
+    for first in range(0, x.shape[2], 32):
+        total = broadcast(x.dtype.type(0))
+        for p in range(first, min(first + 32, x.shape[2])):
+            deviation = add(load(x, (b, c, p)), broadcast(-center))
+            total = multiply_add(deviation, deviation, total) if squared else add(deviation, total)
+        result += sum_lanes(total)
+    return result
+
+
+@kernel
+def moment(x, b, c, center, power, n_lanes):
+    # x[b, c] (n_pixels, LANES) -> sum of (x - center) ** power over the first n_lanes lanes, power 1 or 2
+    total = 0.0
+    for p in range(x.shape[2]):
+        for lane in range(LANES):
+            difference = np.float64(x[b, c, p, lane] - center) if lane < n_lanes else 0.0
+            total += difference if power == 1 else difference * difference
+    return total
+
+
 @formula
 def count_pixels(sums, t, c, is_first, counts, values):
     """Count two pixels of channel c of a block in sums[t] (C, 3, LANES); `counts` are 1 or 0 for each.
@@ -49,8 +97,8 @@ def count_pixels(sums, t, c, is_first, counts, values):
     """
     if is_first:
         total = multiply_add(counts[0], values[0], multiply(counts[1], values[1]))
-        none = fill(sums.dtype.type(0))
-        store(sums, (t, c, 0), fill(-add_up(total) / add_up(add(counts[0], counts[1]))))
+        none = broadcast(sums.dtype.type(0))
+        store(sums, (t, c, 0), broadcast(-sum_lanes(total) / sum_lanes(add(counts[0], counts[1]))))
         store(sums, (t, c, 1), none)
         store(sums, (t, c, 2), none)
     center, total, squares = load(sums, (t, c, 0)), load(sums, (t, c, 1)), load(sums, (t, c, 2))
@@ -87,55 +135,23 @@ def add_statistics(statistics, n_images, n_pixels, moments):
     moments[0], moments[1] = mean, squares / n
 
 
-@kernel
-def add_rows(rows, totals):
-    # rows (n, m), totals (m,) of zeros in float64: their sum, row by row
-    for i in range(rows.shape[0]):
-        for j in range(rows.shape[1]):
-            totals[j] += rows[i, j]
-
-
-@kernel
-def deviations(x, b, c, center, squared):
-    # x[b, c] (n_pixels, LANES) -> sum of x - center or its square: 32 pixels in its own type, then in float64
-    result = 0.0
-    for first in range(0, x.shape[2], 32):
-        total = fill(x.dtype.type(0))
-        for p in range(first, min(first + 32, x.shape[2])):
-            deviation = add(load(x, (b, c, p)), fill(-center))
-            total = multiply_add(deviation, deviation, total) if squared else add(deviation, total)
-        result += add_up(total)
-    return result
-
-
-@kernel
-def moment(x, b, c, center, power, n_lanes):
-    # x[b, c] (n_pixels, LANES) -> sum of (x - center) ** power over the first n_lanes lanes, power 1 or 2
-    total = 0.0
-    for p in range(x.shape[2]):
-        for lane in range(LANES):
-            difference = np.float64(x[b, c, p, lane] - center) if lane < n_lanes else 0.0
-            total += difference if power == 1 else difference * difference
-    return total
-
-
-@kernel
-def moment_block(z, b, k, u, k_u, mean, n_lanes):
-    # block b of channel k of z and k_u of u, (n_blocks, C, H, W, LANES) -> sums of u, (z - mean) u and u u
-    # over the first n_lanes lanes (or all): row by row in the type of u, then in float64
-    zero, is_real = u.dtype.type(0), first_lanes(n_lanes, u.dtype.type(1))
-    total_u = total_zu = total_uu = 0.0
-    for h in range(u.shape[2]):
-        row_u = row_zu = row_uu = fill(zero)
-        for w in range(u.shape[3]):
-            value = multiply(is_real, load(u, (b, k_u, h, w)))
-            row_u = add(value, row_u)
-            row_zu = multiply_add(add(load(z, (b, k, h, w)), fill(-mean)), value, row_zu)
-            row_uu = multiply_add(value, value, row_uu)
-        total_u += add_up(row_u)
-        total_zu += add_up(row_zu)
-        total_uu += add_up(row_uu)
-    return total_u, total_zu, total_uu
+def batchnorm_backward(x, dy, mean, variance, gamma, epsilon, n_images):
+    """Return the gradients (dx, dgamma, dbeta) of BatchNorm with the statistics of this batch."""
+    x, scale, shift = computed(x), np.zeros_like(mean), np.ones_like(mean)  # 0 x + 1 is positive
+    if isinstance(dy, MaskedGradient) and dy.y.z is x:  # behind a ReLU, which is done in the same pass
+        dy, (_, (scale, shift, _, _)) = dy
+    dy = computed(dy)
+    dx = empty(x.shape, x.dtype)
+    sums = np.empty((2, *x.shape[:2]))
+    inverse_std = (1 / np.sqrt(variance + x.dtype.type(epsilon))).astype(x.dtype)
+    moments = mean, inverse_std, scale, shift
+    gradient_sum_blocks(by_channel(x), by_channel(dy), *moments, sums)
+    dbeta, dgamma = sums.sum(axis=1)
+    count = n_images * (x[0, 0].size // LANES)
+    means = (dbeta / count).astype(x.dtype), (dgamma / count).astype(x.dtype)
+    batchnorm_gradient_blocks(by_channel(x), by_channel(dy), *moments, gamma, *means, n_images,
+                              by_channel(dx))
+    return dx, dgamma.astype(x.dtype), dbeta.astype(x.dtype)
 
 
 @parallel_kernel
@@ -151,16 +167,16 @@ def gradient_sum_blocks(x, dy, mean, inverse_std, scale, shift, sums):
 @kernel
 def gradient_sums(x, dy, b, c, mean, scale, shift):
     # channel c of block b -> sums of dy and (x - mean) dy: 32 pixels in the type of x, then in float64
-    zero, total, product = fill(x.dtype.type(0)), 0.0, 0.0
+    zero, total, product = broadcast(x.dtype.type(0)), 0.0, 0.0
     for first in range(0, x.shape[2], 32):
         part = part_product = zero
         for p in range(first, min(first + 32, x.shape[2])):
             value = load(x, (b, c, p))
-            gradient = relu_gradient(multiply_add(scale, value, fill(shift)), load(dy, (b, c, p)))
+            gradient = relu_gradient(multiply_add(scale, value, broadcast(shift)), load(dy, (b, c, p)))
             part = add(gradient, part)
-            part_product = multiply_add(add(value, fill(-mean)), gradient, part_product)
-        total += add_up(part)
-        product += add_up(part_product)
+            part_product = multiply_add(add(value, broadcast(-mean)), gradient, part_product)
+        total += sum_lanes(part)
+        product += sum_lanes(part_product)
     return total, product
 
 
@@ -168,7 +184,7 @@ def gradient_sums(x, dy, b, c, mean, scale, shift):
 def batchnorm_gradient_blocks(x, dy, mean, inverse_std, scale, shift, gamma, mean_dy, mean_dy_normalized,
                               n_images, dx):
     # x, dy, dx (n_blocks, C, n_pixels, LANES), the others (C,); of scale and shift see above
-    # `formulas.batchnorm_gradient`, of Lanes
+    # `formulas.batchnorm_gradient` with Lanes, where dy is 0 behind a ReLU that was 0
     for b in prange(x.shape[0]):
         is_real = first_lanes(n_images - b * LANES, x.dtype.type(1))
         for c in range(x.shape[1]):
@@ -176,6 +192,7 @@ def batchnorm_gradient_blocks(x, dy, mean, inverse_std, scale, shift, gamma, mea
             slope = -mean_dy_normalized[c] * inverse_std[c]
             for p in range(x.shape[2]):
                 value = load(x, (b, c, p))
-                gradient = relu_gradient(multiply_add(scale[c], value, fill(shift[c])), load(dy, (b, c, p)))
-                gradient = multiply_add(slope, add(value, fill(-mean[c])), add(gradient, fill(-mean_dy[c])))
+                y = multiply_add(scale[c], value, broadcast(shift[c]))
+                gradient = add(relu_gradient(y, load(dy, (b, c, p))), broadcast(-mean_dy[c]))
+                gradient = multiply_add(slope, add(value, broadcast(-mean[c])), gradient)
                 store(dx, (b, c, p), multiply(is_real, multiply(factor, gradient)))

@@ -71,10 +71,10 @@ def store(typing_context, array, position, value):
 
 
 @intrinsic
-def stream(typing_context, array, position, value):
+def store_nontemporal(typing_context, array, position, value):
     """Write array[position] = value past the caches: for what nobody reads soon, at multiples of 64 bytes.
 
-    An ordinary write to memory that is not in the cache reads it first. `settle` must follow.
+    An ordinary write to memory that is not in the cache reads it first. `store_fence` must follow.
     """
 
     def generate(context, builder, signature, arguments):
@@ -87,8 +87,8 @@ def stream(typing_context, array, position, value):
 
 
 @intrinsic
-def settle(typing_context):
-    """Wait until what this thread has streamed can be seen by others."""
+def store_fence(typing_context):
+    """Wait until others can see what this thread has written past the caches."""
 
     def generate(context, builder, signature, arguments):
         builder.fence("seq_cst")
@@ -98,23 +98,23 @@ def settle(typing_context):
 
 
 @intrinsic
-def fetch(typing_context, array, position):
+def prefetch(typing_context, array, position):
     """Ask for the LANES numbers array[position], so that they are in the cache when they are loaded."""
 
     def generate(context, builder, signature, arguments):
         integer, byte = ir.IntType(32), ir.IntType(8).as_pointer()
         pointer = builder.bitcast(_pointer(context, builder, signature.args[0], *arguments), byte)
         kind = ir.FunctionType(ir.VoidType(), [byte, integer, integer, integer])
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        instruction = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
         to_read, into_second_level, data = (ir.Constant(integer, i) for i in (0, 2, 1))
-        builder.call(prefetch, [pointer, to_read, into_second_level, data])
+        builder.call(instruction, [pointer, to_read, into_second_level, data])
         return context.get_dummy_value()
 
     return types.void(array, position), generate
 
 
 @intrinsic
-def fill(typing_context, number):
+def broadcast(typing_context, number):
     """Return LANES copies of a number."""
 
     def generate(context, builder, signature, arguments):
@@ -178,7 +178,7 @@ def add(typing_context, a, b):
 
 
 @intrinsic
-def larger(typing_context, a, b):
+def maximum(typing_context, a, b):
     """Return the larger of two Lanes, number by number: `formulas.maximum`."""
 
     def generate(context, builder, signature, arguments):
@@ -213,7 +213,7 @@ def where_equal(typing_context, a, b, if_equal, otherwise):
 
 
 @intrinsic
-def add_up(typing_context, value):
+def sum_lanes(typing_context, value):
     """Return the sum of the LANES numbers."""
 
     def generate(context, builder, signature, arguments):
@@ -236,15 +236,15 @@ if numba.config.DISABLE_JIT:  # the same in plain Python, on arrays of LANES num
         """Write array[position] = value, LANES numbers."""
         array[position] = value
 
-    stream = store
+    store_nontemporal = store
 
-    def settle():  # noqa: F811
-        """Nothing is streamed."""
+    def store_fence():  # noqa: F811
+        """Nothing is written past the caches."""
 
-    def fetch(array, position):  # noqa: F811
+    def prefetch(array, position):  # noqa: F811
         """There is no need to ask."""
 
-    def fill(number):  # noqa: F811
+    def broadcast(number):  # noqa: F811
         """Return LANES copies of a number."""
         return np.full(LANES, number)
 
@@ -264,7 +264,7 @@ if numba.config.DISABLE_JIT:  # the same in plain Python, on arrays of LANES num
         """Return a + b."""
         return a + b
 
-    def larger(a, b):  # noqa: F811
+    def maximum(a, b):  # noqa: F811
         """Return the larger of two Lanes, number by number."""
         return np.where((a >= b) | (a != a), a, b)
 
@@ -276,6 +276,6 @@ if numba.config.DISABLE_JIT:  # the same in plain Python, on arrays of LANES num
         """Return the numbers of if_equal where a == b, else those of otherwise."""
         return np.where(a == b, if_equal, otherwise)
 
-    def add_up(value):  # noqa: F811
+    def sum_lanes(value):  # noqa: F811
         """Return the sum of the LANES numbers."""
         return value.sum()

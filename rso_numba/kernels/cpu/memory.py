@@ -13,7 +13,7 @@ from collections import OrderedDict
 import numpy as np
 from numba import get_num_threads, prange
 
-from .compiling import formula, parallel_kernel
+from ..compiling import formula, parallel_kernel
 
 ALIGNMENT = 64  # bytes in a cache line and in a register of AVX-512
 SMALLEST = 2**12  # bytes; smaller arrays are left to the allocator
@@ -79,83 +79,85 @@ def scratch(name, shape, dtype):
     return arrays[key]
 
 
-def slabs(name, shape, dtype):
-    """Return memory for all threads to work in, (2 * n_threads, *shape): as `scratch`, a slab for each.
+def workspaces(name, shape, dtype):
+    """Return memory for all threads to work in, (2 * n_threads, *shape): as `scratch`, a workspace for each.
 
-    There are twice as many slabs as threads, and every second one is left alone. A processor guesses which
-    memory is wanted next and fetches it, far beyond the end of a slab; a thread that is writing there would
-    have to take it back, again and again. That more than halves the speed of cores that share no cache.
+    There are twice as many workspaces as threads, and every second one stays unused, as a gap. A processor
+    guesses which memory is wanted next and reads it early, far beyond the end of a workspace. If the next
+    workspace belonged to another core, each core would take from the other's cache what that one is writing.
+    The gaps keep them apart. Without them, cores that share no cache reach less than half of their speed.
     """
     return scratch(name, (2 * get_num_threads(), *shape), dtype)
 
 
 @formula
-def threads_of(slabs):
-    """Return how many threads slabs are for."""
-    return len(slabs) // 2
+def n_threads_of(workspaces):
+    """Return how many threads an array of workspaces is for."""
+    return len(workspaces) // 2
 
 
 @formula
-def slab_of(thread):
-    """Return which slab is that of a thread."""
+def workspace_of(thread):
+    """Return the index of a thread's workspace."""
     return 2 * thread
 
 
 @formula
-def share_of(t, n_slabs, n_blocks):
-    """Return the first block of the thread with slab t, and the first one behind its last."""
-    return t * n_blocks // n_slabs, (t + 2) * n_blocks // n_slabs
+def block_range(t, n_workspaces, n_blocks):
+    """Return the first block of the thread with workspace t, and the first one behind its last."""
+    return t * n_blocks // n_workspaces, (t + 2) * n_blocks // n_workspaces
 
 
 class Arena:
-    """Room for copies of arrays that are wanted for a while and forgotten all at once.
+    """Memory for copies of arrays that are wanted for a while and forgotten all at once.
 
-    It keeps its slabs of memory when it forgets, so that only their first use pays for fresh memory.
+    It takes memory in large chunks and keeps them when it forgets, so that only their first use pays for
+    fresh memory.
 
     Parameters
     ----------
     size : float
-        Bytes that all slabs together may take.
+        Bytes that all chunks together may take.
     """
 
-    SLAB = 2**26
+    CHUNK_BYTES = 2**26
 
     def __init__(self, size):
-        self.size, self.slabs = size, []  # a slab is [memory, bytes in use]
+        self.size, self.chunks = size, []  # a chunk is [memory, bytes in use]
 
     def forget(self):
         """Let all that is held be overwritten. Nobody may look at it any more."""
-        for slab in self.slabs:
-            slab[1] = 0
+        for chunk in self.chunks:
+            chunk[1] = 0
 
     def hold(self, arrays):
         """Return copies of arrays, or None if there is no room for all of them."""
         sizes = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
-        slab = self._slab_with(sum(sizes))
-        if slab is None:
+        chunk = self._chunk_with(sum(sizes))
+        if chunk is None:
             return None
         copies = []
         for array, size in zip(arrays, sizes, strict=True):
-            room = slab[0][slab[1] : slab[1] + array.nbytes]
-            copies.append(room.view(array.dtype).reshape(array.shape))
+            place = chunk[0][chunk[1] : chunk[1] + array.nbytes]
+            copies.append(place.view(array.dtype).reshape(array.shape))
             copy(array, copies[-1])
-            slab[1] += size
+            chunk[1] += size
         return copies
 
-    def _slab_with(self, size):
-        fitting = next((slab for slab in self.slabs if slab[1] + size <= len(slab[0])), None)
-        fresh = 0 if fitting else max(size, min(self.SLAB, int(self.size)))
-        if self._taken() + fresh > self.size:  # what is too small for this stage was large enough for another
-            self.slabs = [slab for slab in self.slabs if slab[1] or slab is fitting]
+    def _chunk_with(self, size):
+        fitting = next((chunk for chunk in self.chunks if chunk[1] + size <= len(chunk[0])), None)
+        fresh = 0 if fitting else max(size, min(self.CHUNK_BYTES, int(self.size)))
+        if self._taken() + fresh > self.size:  # let go of chunks that are empty, but too small
+            self.chunks = [chunk for chunk in self.chunks if chunk[1] or chunk is fitting]
         if self._taken() + fresh > self.size:
             return None
         if fitting is None:
             fitting = [_aligned(fresh), 0]
-            self.slabs.append(fitting)
+            self.chunks.append(fitting)
         return fitting
 
     def _taken(self):
-        return sum(len(memory) for memory, _ in self.slabs)
+        return sum(len(memory) for memory, _ in self.chunks)
 
 
 def copy(source, target):

@@ -1,4 +1,4 @@
-"""The kernels of BatchNorm for the GPU, on packed images as drawn in `cuda.py`.
+"""BatchNorm: statistics of a batch, and its gradient.
 
 A CUDA block sums up a channel of LANES images: each thread its share of the pixels of one image, in the type
 of x, then all threads together in float64. Lanes that hold no image are left out.
@@ -7,12 +7,31 @@ of x, then all threads together in float64. Lanes that hold no image are left ou
 import numpy as np
 from numba import cuda
 
-from . import formulas
-from .cuda_device import LANES, ROWS, THREADS, block_sum
+from .. import formulas
+from .device import LANES, ROWS, THREADS, block_sum, empty, launch, launch_blocks, to_device, to_host
+from .layout import add_blocks, by_channel
 
 ZERO = np.float32(0)
 
 batchnorm_gradient = cuda.jit(device=True)(formulas.batchnorm_gradient)
+
+
+def batchnorm_statistics(x, n_images):
+    """Return mean and (biased) variance of each channel over images and pixels."""
+    x = by_channel(x)
+    sums, squares = block_statistics(x, n_images)
+    counts = np.minimum(LANES, n_images - LANES * np.arange(len(x)))[:, None] * x.shape[2]
+    mean = sums.sum(axis=0) / counts.sum()
+    # squares are taken around the mean of their block; moving them to the common mean cancels nothing
+    squares += counts * (sums / counts - mean) ** 2
+    return mean.astype(x.dtype), (squares.sum(axis=0) / counts.sum()).astype(x.dtype)
+
+
+def block_statistics(x, n_images):
+    """Return sums and sums of squares around the mean, of every block and channel, (n_blocks, C) float64."""
+    sums = empty((2, *x.shape[:2]), np.float64)
+    launch_blocks(statistics_kernel, len(x) * x.shape[1], x, n_images, sums)
+    return to_host(sums)
 
 
 @cuda.jit
@@ -40,6 +59,26 @@ def statistics_kernel(x, n_images, sums):
         if lane == 0 and row == 0:
             sums[0, b, c] = total
             sums[1, b, c] = square
+
+
+def channel_totals(x):
+    """Return the sums (C,) of each channel over all lanes and pixels."""
+    sums, _ = block_statistics(by_channel(x), len(x) * LANES)
+    return add_blocks(sums, x.dtype)
+
+
+def batchnorm_backward(x, dy, mean, variance, gamma, epsilon, n_images):
+    """Return the gradients (dx, dgamma, dbeta) of BatchNorm with the statistics of this batch."""
+    dx, sums = empty(x.shape, x.dtype), empty((2, *x.shape[:2]), np.float64)
+    inverse_std = (1 / np.sqrt(variance + x.dtype.type(epsilon))).astype(x.dtype)
+    both, parameters = (by_channel(x), by_channel(dy)), (to_device(mean), to_device(inverse_std))
+    launch_blocks(product_kernel, len(x) * x.shape[1], *both, *parameters, n_images, sums)
+    dbeta, dgamma = to_host(sums).sum(axis=1)
+    count = n_images * np.prod(x.shape[2:-1])
+    means = to_device((dbeta / count).astype(x.dtype)), to_device((dgamma / count).astype(x.dtype))
+    launch(batchnorm_gradient_kernel, len(x) * x.shape[1] * both[0].shape[2],
+           *both, *parameters, to_device(gamma), *means, n_images, by_channel(dx))
+    return dx, dgamma.astype(x.dtype), dbeta.astype(x.dtype)
 
 
 @cuda.jit
