@@ -8,6 +8,7 @@ import pytest
 from networks import naive_logits
 
 from rso_numba import models, sgd
+from rso_numba import network as network_module
 from rso_numba.kernels import cpu
 from rso_numba.kernels.cpu import chain as cpu_chain
 from rso_numba.kernels.cpu.activations import computed
@@ -64,7 +65,7 @@ def test_forward_in_chunks_is_forward_at_once(backend, rng, monkeypatch):
     network = build("original", (1, 8, 8), rng=1)
     images = rng.random((37, 1, 8, 8), np.float32)
     at_once = network.forward(images, backend)
-    monkeypatch.setattr(models, "FORWARD_IMAGES", 16)
+    monkeypatch.setattr(network_module, "FORWARD_IMAGES", 16)
     np.testing.assert_allclose(network.forward(images, backend), at_once, rtol=1e-5, atol=1e-6)
 
 
