@@ -324,13 +324,13 @@ class Residual(Layer):
         self.shortcut = self.shortcut or []
 
     def leaves(self, shape):
-        yield from _leaves(self.body, shape)
-        for leaf, leaf_shape in _leaves(self.shortcut, shape):
+        yield from chain_leaves(self.body, shape)
+        for leaf, leaf_shape in chain_leaves(self.shortcut, shape):
             leaf.in_shortcut = True
             yield leaf, leaf_shape
 
     def output_shape(self, shape):
-        of_body, of_shortcut = (_output_shape(layers, shape) for layers in (self.body, self.shortcut))
+        of_body, of_shortcut = (chain_output_shape(layers, shape) for layers in (self.body, self.shortcut))
         if of_body != of_shortcut:
             raise ValueError(f"Residual: its body makes {of_body} of {shape} and its shortcut {of_shortcut}; "
                              "expected the same: Conv2D(filters, size=1) changes channels, a pool the size")
@@ -348,13 +348,15 @@ class Residual(Layer):
         return run.kernels.add(dx_body, dx_shortcut)
 
 
-def _leaves(layers, shape):
+def chain_leaves(layers, shape):
+    """Yield (layer, input shape) of all layers of a chain that hold weights, for inputs of `shape`."""
     for layer in layers:
         yield from layer.leaves(shape)
         shape = layer.output_shape(shape)
 
 
-def _output_shape(layers, shape):
+def chain_output_shape(layers, shape):
+    """Return the shape of the output of a chain of layers."""
     for layer in layers:
         shape = layer.output_shape(shape)
     return shape

@@ -11,7 +11,7 @@ import numpy as np
 from . import kernels, losses
 from .datasets import check_images, check_labels
 from .files import written_beside
-from .layers import KINDS, BatchNorm, Standardize
+from .layers import KINDS, BatchNorm, Standardize, chain_leaves, chain_output_shape
 from .passes import Pass
 
 FORWARD_IMAGES = 256  # that pass through the network at once: few enough for activations to stay in the cache
@@ -75,15 +75,14 @@ class Network:
         self.image_shape, self.n_classes = tuple(map(int, image_shape)), int(n_classes)
         self.leaves, shapes = [], []
         shape = _checked_image_shape(self.image_shape)
-        for layer in self.layers:
-            for leaf, leaf_shape in layer.leaves(shape):
-                kind = "shortcut_" * leaf.in_shortcut + type(leaf).__name__.removesuffix("2D").lower()
-                n_before = sum(other.name.rstrip("0123456789") == kind for other in self.leaves)
-                leaf.name = f"{kind}{n_before + 1}"
-                leaf.allocate_buffers(leaf_shape)
-                self.leaves.append(leaf)
-                shapes += [(leaf, *item) for item in leaf.parameter_shapes(leaf_shape).items()]
-            shape = layer.output_shape(shape)
+        for leaf, leaf_shape in chain_leaves(self.layers, shape):
+            kind = "shortcut_" * leaf.in_shortcut + type(leaf).__name__.removesuffix("2D").lower()
+            n_before = sum(other.name.rstrip("0123456789") == kind for other in self.leaves)
+            leaf.name = f"{kind}{n_before + 1}"
+            leaf.allocate_buffers(leaf_shape)
+            self.leaves.append(leaf)
+            shapes += [(leaf, *item) for item in leaf.parameter_shapes(leaf_shape).items()]
+        shape = chain_output_shape(self.layers, shape)
         if shape != (self.n_classes,):
             raise ValueError(f"the last layer gives {shape} numbers an image; expected ({self.n_classes},)")
         self.weights = np.zeros(sum(int(np.prod(s)) for _, _, s in shapes), dtype)

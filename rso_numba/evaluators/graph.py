@@ -28,6 +28,7 @@ from ..layers import (
     MaxPool,
     ReLU,
     Residual,
+    chain_output_shape,
 )
 
 POOLS = {MaxPool: formulas.MAX, AvgPool: formulas.MEAN, GlobalMaxPool: formulas.GLOBAL_MAX,
@@ -230,10 +231,7 @@ class Graph:
 
     def _measure(self, network):
         """Note the shape of every node."""
-        shape = network.image_shape
-        for layer in self.head:
-            shape = layer.output_shape(shape)
-        self.nodes[0].shape = _as_maps(shape)
+        self.nodes[0].shape = _as_maps(chain_output_shape(self.head, network.image_shape))
         for node in self.nodes[1:]:
             shape = node.edges[0].shape
             if node.is_dense:
