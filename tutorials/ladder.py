@@ -100,7 +100,9 @@ def main():
     print(f"{get_num_threads()} threads\n\n| step | milliseconds | times as fast as the step before |")
     print("|---|---:|---:|")
     for (name, taken), (_, before) in zip(steps, [steps[0], *steps], strict=False):
-        print(f"| {name} | {1000 * taken:.3g} | {before / taken:.2g} |")
+        milliseconds, ratio = 1000 * taken, before / taken
+        digits, ratio_digits = (1 if number < 100 else 0 for number in (milliseconds, ratio))
+        print(f"| {name} | {milliseconds:,.{digits}f} | {ratio:,.{ratio_digits}f} |")
 
 
 if __name__ == "__main__":
