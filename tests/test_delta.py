@@ -80,7 +80,6 @@ def test_a_whole_round_decides_alike(name, hold, preset, rng):
 @pytest.mark.parametrize("name", ["two_conv", "paper_mnist", "two dense, 1x1, late BatchNorm"])
 def test_what_is_far_behind_is_computed_anew(name, monkeypatch, rng):
     monkeypatch.setattr(delta_module, "MANY_CHANNELS", 0)
-    monkeypatch.setattr(delta_module, "MANY", 0)
     test_a_whole_round_decides_alike(name, "weight", "notebook", rng)
 
 
@@ -96,7 +95,6 @@ def test_z_is_kept_if_filters_have_many_taps(name, monkeypatch, rng):
 def test_an_input_that_is_most_of_the_memory_is_rematerialized(name, many_channels, monkeypatch, rng):
     monkeypatch.setattr(delta_module, "FEW_TAPS", 9)  # so that z of the second layer is kept
     monkeypatch.setattr(delta_module, "MANY_CHANNELS", many_channels)
-    monkeypatch.setattr(delta_module, "MANY", 0)
     rematerialized, channels = [], DeltaForward._channels
 
     def watched(self, x, taps):

@@ -21,7 +21,6 @@ class Batch:
     loss_applied: int | None = None  # when so many entries of the log were applied
     padded_labels: np.ndarray | None = None  # in the last layer: -1 in lanes without image
     applied: int = 0  # how many entries of the log are in the values
-    visits: int = 0
     is_held: bool = False  # all this waits for the batch to come back
 
 
@@ -54,7 +53,6 @@ class BatchCache:
     def get(self, key, images, labels):
         """Return the mini-batch with this key, or a new one."""
         batch = self.batches.get(key) or Batch(images, labels)
-        batch.visits += 1
         if key is not None:
             self.batches[key] = batch
         return batch

@@ -28,7 +28,6 @@ from .graph import Graph
 from .nodes import Values, apply_linear
 from .reach import Change, Reach
 
-MANY = 100  # weights in a layer: with fewer, only a batch that came back once is expected again
 MANY_CHANNELS = 5  # each costs a convolution about a sixth of its time, to read and write all its output
 FEW_TAPS = 27  # weights of a filter, 3 channels of 3x3: so quickly applied that the value need not be kept
 BIAS, NO_TAP = -1, -2  # instead of an input channel: gamma and beta change no value of a node
@@ -323,9 +322,8 @@ class DeltaForward:
             self._hold(batch, remade if keeps_value else None)
 
     def _hold(self, batch, remade=None):
-        """Keep a mini-batch until it comes back, if that is likely and there is room."""
-        n_weights = self.node.linear.weight.size if self.node.linear else 0
-        if self.key is None or (batch.visits == 1 and n_weights <= MANY):
+        """Keep a mini-batch until it comes back, if it does and there is room."""
+        if self.key is None:
             return
         z, x = batch.values.z, batch.x
         if remade and _array(x).nbytes > sum(array.nbytes for array in z.values()):
