@@ -1,17 +1,23 @@
 """The peer in the benchmark: the same networks, search and SGD in PyTorch, an optional package."""
 
+import os
 from functools import cache
 from time import perf_counter
 
+import numba
 import numpy as np
 
 from .evaluators import FullForward
+from .kernels.threads import SPINS
 
 LEARNING_RATE = 0.01
 
 
 def torch_or_none():
-    """Return PyTorch, if it is installed."""
+    """Return PyTorch, if it is installed. Its threads wait as PyTorch lets them."""
+    numba.get_num_threads()  # loads Numba's, for which `threads` has said how they wait
+    if os.environ.get("GOMP_SPINCOUNT") == str(SPINS):
+        del os.environ["GOMP_SPINCOUNT"]
     try:
         import torch
     except ImportError:

@@ -3,6 +3,8 @@
 import importlib.util
 import os
 
+from . import threads
+
 BACKENDS = ("cpu", "numpy", "cuda")
 BACKEND_CHOICES = (*BACKENDS, "auto")
 
@@ -35,9 +37,12 @@ def backend(name):
         If there is no such backend.
     GpuError
         If it is "cuda" and does not work here; the message says what is missing.
+    RuntimeError
+        If it is "cpu" and this process has lost its threads by a fork, see `threads`.
     """
     name = resolve(name)
     if name == "cpu":
+        threads.require_threads()
         from . import cpu
 
         return cpu
