@@ -16,7 +16,7 @@ import sys
 #     300,000 (GNU's)    1.48 s      5 times   3.19 s  (2.2 times)      3.79 s  (2.6 times)
 #     3,000              1.59 s  1,100 times   2.21 s  (1.4 times)      2.22 s  (1.4 times)
 #
-# (The first column varies by a tenth from one set of runs to the next. With 0 turns a thread sleeps 2,100 times.)
+# (The first column varies by a tenth from set to set of runs. With 0 turns a thread sleeps 2,100 times.)
 SPINS = 3000
 
 _lost = []  # the threading layer, if this process was forked from one that had threads
@@ -38,9 +38,9 @@ def require_threads():
     """
     if _lost:
         raise RuntimeError(
-            "this process was forked from one that had used the cpu backend, and a fork does not copy threads "
-            f"(of the layer {_lost[0]}): start processes by multiprocessing.get_context('spawn') or by joblib, "
-            "or use backend='numpy' here, or use the cpu backend only after the fork")
+            "this process was forked from one that had used the cpu backend, and a fork does not copy its "
+            f"threads (layer {_lost[0]}): start processes by multiprocessing.get_context('spawn') or by "
+            "joblib, or use backend='numpy' here, or use the cpu backend only after the fork")
 
 
 def _note_fork():
