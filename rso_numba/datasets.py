@@ -1,33 +1,16 @@
 """Images and labels to learn from: scikit-learn's digits (bundled) and MNIST (files or download).
 
-Every loader returns a `Dataset`, whose arrays have been checked. Nothing here unpickles, and no number
-in the header of a file is believed before it is checked.
+Every loader returns a `Dataset`, whose arrays have been checked. The files of MNIST are
+read in `mnist.py`.
 """
 
-import gzip
-import hashlib
-import http.client
-import math
 import numbers
-import os
-import struct
-import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-# The four files of MNIST: shape of the array of bytes, and SHA-256 of the decompressed file.
-MNIST_FILES = {
-    "train-images-idx3-ubyte": (
-        (60000, 28, 28), "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
-    "train-labels-idx1-ubyte": (
-        (60000,), "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
-    "t10k-images-idx3-ubyte": (
-        (10000, 28, 28), "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
-    "t10k-labels-idx1-ubyte": (
-        (10000,), "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
-}
+from . import mnist
+from .mnist import read_idx  # noqa: F401 (for data sets of one's own in that format)
 
 
 def check_images(images, image_shape=None, name="images"):
@@ -196,148 +179,29 @@ def load_digits(size=8, test_fraction=0.2, rng=0):
                    name="digits" if size == 8 else "digits28")
 
 
-def read_idx(path, expected_shape=None, max_bytes=2**28):
-    """Read an array of unsigned bytes from an IDX file (the format of MNIST), gzipped or not.
-
-    Parameters
-    ----------
-    path : str or path
-    expected_shape : tuple of int, optional
-        Refuse any other shape.
-    max_bytes : int
-        Refuse arrays larger than this. Memory is taken for what the file holds, not for what it claims.
-
-    Returns
-    -------
-    array : ndarray, uint8
-
-    Raises
-    ------
-    ValueError
-        If the file is anything but one whole IDX file of unsigned bytes; names the file and the reason.
-    """
-    with open(path, "rb") as raw:
-        gzipped = raw.read(2) == b"\x1f\x8b"  # look inside: browsers unpack files, but leave .gz in the name
-        raw.seek(0)
-        try:
-            return _read_idx(gzip.GzipFile(fileobj=raw) if gzipped else raw, expected_shape, max_bytes)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: damaged or cut short gzip file ({error}); replace it") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; replace the file") from None
-
-
-def _read_idx(file, expected_shape, max_bytes):
-    # 0, 0, type code (8: unsigned byte), number of dimensions; the sizes, signed, high byte first; the bytes
-    magic = file.read(4)
-    if magic[:2] != b"\0\0"[:len(magic)]:
-        raise ValueError(f"not an IDX file: starts with the bytes {magic.hex(' ')}, expected 00 00 08")
-    n_dimensions = magic[3] if len(magic) == 4 else 0
-    sizes = file.read(4 * n_dimensions)
-    if len(magic) < 4 or len(sizes) < 4 * n_dimensions:
-        raise ValueError(f"cut short: the file ends inside its IDX header, after {len(magic + sizes)} bytes")
-    if magic[2] != 8:
-        raise ValueError(f"the IDX type code is 0x{magic[2]:02x}, expected 0x08 (unsigned bytes)")
-    shape = struct.unpack(f">{n_dimensions}i", sizes)
-    if not 1 <= n_dimensions <= 8 or min(shape) < 1:
-        raise ValueError(f"the IDX header declares {n_dimensions} dimensions of sizes {shape[:8]}, expected "
-                         "1 to 8 dimensions of sizes from 1")
-    if expected_shape is not None and shape != tuple(expected_shape):
-        raise ValueError(f"the IDX header declares shape {shape}, expected {tuple(expected_shape)}: is it "
-                         "another file, renamed?")
-    n_bytes = math.prod(shape)
-    if n_bytes > max_bytes:
-        raise ValueError(f"the header declares shape {shape}, {n_bytes} bytes, over max_bytes={max_bytes}")
-    body = bytearray()
-    while piece := file.read(min(2**20, n_bytes + 1 - len(body))):  # at most one byte more than needed
-        body += piece
-    if len(body) < n_bytes:
-        raise ValueError(f"cut short: {len(body)} bytes after the IDX header, which declares {n_bytes}")
-    if len(body) > n_bytes:
-        raise ValueError(f"more bytes follow the {n_bytes} that the IDX header declares")
-    return np.frombuffer(body, np.uint8).reshape(shape)
-
-
 def load_mnist(data_home=None):
     """Load MNIST: 60000 training and 10000 test images of handwritten digits, 28 x 28.
 
-    Reads the four files of `MNIST_FILES` (gzipped, with .gz, or not). Without them, scikit-learn downloads
-    a copy from OpenML (some 15 MB, once; being text, it takes far longer to read than the four files).
+    Reads the four files of `mnist.MNIST_FILES`, gzipped (with .gz) or not, with a dash or a dot before idx.
+    Without them, scikit-learn downloads a copy from OpenML (some 15 MB, once; being text, it takes far longer
+    to read than the four files).
 
     Parameters
     ----------
     data_home : str or path, optional
-        The folder of the files, or of a folder ``mnist`` with the files; a download goes there too.
-        None: the environment variable RSO_NUMBA_DATA names it; else it is ``data`` in the current directory
-        or in the checkout of this package; else a download goes to scikit-learn's own cache.
+        A folder that exists. The files are in it, or below it in ``mnist`` or in ``MNIST/raw``; a download
+        goes there too. None: the environment variable RSO_NUMBA_DATA names it; else it is ``data`` in the
+        current directory or in the checkout of this package; else a download goes to scikit-learn's cache.
 
     Raises
     ------
     ValueError
         If a file is damaged, misnamed, or not the published one (by its SHA-256).
-    FileNotFoundError
-        If files are missing and cannot be downloaded: says which files to put where.
+    FileNotFoundError, NotADirectoryError
+        If the folder that was named is none, or if files are missing and cannot be downloaded: says which
+        files to put where.
     """
-    given = data_home if data_home is not None else os.environ.get("RSO_NUMBA_DATA") or None
-    if given is not None:
-        roots = cache = [Path(given).expanduser()]
-    else:
-        roots = [Path("data").resolve(), Path(__file__).resolve().parents[1] / "data"]
-        cache = [root for root in roots if root.is_dir()]
-    folders = list(dict.fromkeys(folder for root in roots for folder in (root, root / "mnist")))
-    found = [{name: folder / (name + end) for name in MNIST_FILES for end in ("", ".gz")
-              if (folder / (name + end)).is_file()} for folder in folders]
-    paths = max(found, key=len)  # the first of the fullest
-    if not paths:
-        return _mnist_from_openml(cache[0] if cache else None, folders)
-    missing = [name for name in MNIST_FILES if name not in paths]
-    if missing:
-        raise FileNotFoundError(f"{folders[found.index(paths)]} lacks {', '.join(missing)} (.gz or not); put "
-                                "all four files of MNIST there, or none to have them downloaded")
-    arrays = []
-    for name, (shape, expected) in MNIST_FILES.items():
-        array = read_idx(paths[name], expected_shape=shape)
-        header = struct.pack(f">4B{array.ndim}i", 0, 0, 8, array.ndim, *shape)
-        sha256 = hashlib.sha256(header + array.tobytes()).hexdigest()  # of the whole decompressed file
-        if sha256 != expected:
-            raise ValueError(f"{paths[name]}: the SHA-256 of the decompressed file is {sha256}, expected "
-                             f"{expected}; replace it, for it is damaged or belongs to another data set "
-                             "(the files of Fashion-MNIST have the same names)")
-        arrays.append(array)
-    return _mnist_dataset(*arrays)
-
-
-def _mnist_from_openml(cache, folders):
-    from sklearn import datasets as sklearn_datasets
-
-    try:
-        bunch = sklearn_datasets.fetch_openml(
-            "mnist_784", version=1, data_home=cache and str(cache), as_frame=False, n_retries=1,
-            parser="liac-arff")  # the parser that needs no pandas
-    except (OSError, http.client.HTTPException) as error:
-        names, places = ("\n  ".join(map(str, lines)) for lines in (MNIST_FILES, folders))
-        raise FileNotFoundError(
-            f"MNIST is not on this machine and could not be downloaded ({type(error).__name__}: {error}). "
-            f"Put these four files, gzipped (with .gz) or not,\n  {names}\n"
-            f"into one of these folders\n  {places}\n"
-            "or set the environment variable RSO_NUMBA_DATA to the folder that holds them. "
-            "load_digits(size=28) needs no download.") from error
-    data, target = np.asarray(bunch.data), np.asarray(bunch.target)
-    mend = f"delete the folder openml in {cache or '~/scikit_learn_data'} and try again"
-    if data.shape != (70000, 784) or target.shape != (70000,):
-        raise ValueError(f"OpenML sent MNIST as data {data.shape} and target {target.shape}, expected "
-                         f"(70000, 784) and (70000,); {mend}")
-    with np.errstate(invalid="ignore"):
-        pixels = data.astype(np.uint8)
-    if not np.array_equal(pixels, data):  # NaN, fractions, and numbers outside 0..255 do not survive uint8
-        raise ValueError(f"OpenML sent MNIST with pixels other than the whole numbers 0..255; {mend}")
-    if not np.isin(target.astype(str), list("0123456789")).all():
-        raise ValueError(f"OpenML sent MNIST with labels {np.unique(target.astype(str))[:20]}; {mend}")
-    images, labels = pixels.reshape(-1, 28, 28), target.astype(np.int64)  # the labels come as '0' to '9'
-    return _mnist_dataset(images[:60000], labels[:60000], images[60000:], labels[60000:])
-
-
-def _mnist_dataset(train_images, train_labels, test_images, test_labels):
+    train_images, train_labels, test_images, test_labels = mnist.read_mnist(data_home)
     # (N, 28, 28) bytes -> (N, 1, 28, 28) float32 in [0, 1]
     train_images, test_images = (
         np.divide(images[:, None], 255, dtype=np.float32) for images in (train_images, test_images))
