@@ -4,7 +4,10 @@ Every loader returns a `Dataset`, whose arrays have been checked. The files of M
 read in `mnist.py`.
 """
 
+import copy
+import math
 import numbers
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,18 +29,24 @@ def check_images(images, image_shape=None, name="images"):
         What the error messages call them.
     """
     images = np.asarray(images)
-    if images.dtype.kind != "f":
-        mend = ("divide by 255 first: images.astype('float32') / 255" if images.dtype.kind in "iu"
-                else "convert them: images.astype('float32')")
-        raise TypeError(f"{name} has dtype {images.dtype}, expected floating-point numbers in [0, 1]; {mend}")
     if images.ndim != 4:
         raise ValueError(f"{name} has {images.ndim} dimensions (shape {images.shape}), expected 4: (N, C, H, "
-                         "W); grey images (N, H, W) become (N, 1, H, W) by images[:, None]")
+                         f"W); {_how_to_get_four_dimensions(images.shape, image_shape)}")
     if images.size == 0:
         raise ValueError(f"{name} is empty (shape {images.shape}), expected at least one image of one pixel")
+    if images.dtype.kind != "f":
+        mend = ""
+        if images.dtype.kind in "biu":
+            white = _white(images.max())
+            mend = (f"; divide by {white} first: images.astype('float32') / {white}" if white > 1 else
+                    "; convert them: images.astype('float32')")
+        raise TypeError(f"{name} has dtype {images.dtype}, expected floating-point numbers in [0, 1]{mend}")
     if image_shape is not None and images.shape[1:] != tuple(image_shape):
+        channels_last = images.shape[1:] == (*image_shape[1:], image_shape[0])
+        mend = ("move the channels: images.transpose(0, 3, 1, 2)" if channels_last else
+                "resize them, or use a network and training images of this shape")
         raise ValueError(f"{name} has images of shape (C, H, W) = {images.shape[1:]}, expected "
-                         f"{tuple(image_shape)}; resize them, or build the network for this shape")
+                         f"{tuple(image_shape)}; {mend}")
     with np.errstate(over="ignore"):  # a number too large for float32 becomes inf, which is reported below
         images = np.ascontiguousarray(images, dtype=np.float32)
     flat = images.ravel()
@@ -48,6 +57,20 @@ def check_images(images, image_shape=None, name="images"):
         raise ValueError(f"{name} has {np.sum(~finite)} NaN or infinite pixels (in float32), the first is "
                          f"{images[first]} at index {first}; mend them, or leave these images out")
     return images
+
+
+def _how_to_get_four_dimensions(shape, image_shape):
+    if image_shape is not None and shape == tuple(image_shape):
+        return "a single image becomes (1, C, H, W) by images[None]"
+    if len(shape) == 3:
+        return "grey images (N, H, W) become (N, 1, H, W) by images[:, None]"
+    return "rows of C * H * W pixels become (N, C, H, W) by images.reshape(-1, C, H, W)"
+
+
+def _white(largest):
+    """Return what stands for white in images whose largest pixel is `largest`, as far as can be told."""
+    largest = math.ceil(largest)
+    return next((white for white in (16, 255, 65535) if white / 4 <= largest <= white), largest)
 
 
 def check_labels(labels, n_classes, n_images, name="labels"):
@@ -66,17 +89,39 @@ def check_labels(labels, n_classes, n_images, name="labels"):
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or len(labels) != n_images or n_images == 0:
+        mend = ""
+        if labels.size == n_images == max(labels.shape, default=1) and n_images > 0:
+            mend = "; one axis is enough: labels.ravel()"
+        elif labels.shape == (n_images, n_classes) and _are_one_hot(labels):
+            mend = "; one-hot rows become labels by labels.argmax(axis=1)"
         raise ValueError(f"{name} has shape {labels.shape}, expected one label for each of {n_images} images "
-                         "(at least one); one-hot rows become labels by labels.argmax(axis=1)")
+                         f"(at least one){mend}")
     if labels.dtype.kind not in "iu":
+        mend = "convert them: labels.astype('int64')" if _are_whole(labels) else "number the classes from 0"
         raise TypeError(f"{name} has dtype {labels.dtype} (the first is {labels[0]!r}), expected integers "
-                        f"0..{n_classes - 1}; convert them: labels.astype('int64')")
+                        f"0..{n_classes - 1}; {mend}")
     outside = (labels < 0) | (labels >= n_classes)
     if outside.any():
-        first = int(np.argmax(outside))
+        first, largest = int(np.argmax(outside)), int(labels.max())
+        mend = "" if labels.min() < 0 else f", or, if they are, set n_classes to {largest + 1} or more"
         raise ValueError(f"{name} has the value {labels[first]} at {first}, expected 0..{n_classes - 1}: "
-                         "number the classes from 0, or set n_classes to the largest label + 1")
+                         f"number the classes from 0 (in training and test){mend}")
     return np.ascontiguousarray(labels, dtype=np.int64)
+
+
+def _are_one_hot(rows):
+    return rows.dtype.kind in "biuf" and np.isin(rows, (0, 1)).all() and (rows.sum(axis=1) == 1).all()
+
+
+def _are_whole(labels):
+    """Say whether labels that are not integers, but text perhaps, can be converted without loss."""
+    try:
+        with np.errstate(invalid="ignore"):  # NaN
+            numbers = labels.astype(np.int64).tolist()
+    except (ValueError, TypeError, OverflowError):
+        return False
+    return all(isinstance(label, (str, bytes)) or label == number
+               for label, number in zip(labels.tolist(), numbers, strict=True))
 
 
 def _check_count(value, smallest, largest, name):
@@ -87,9 +132,40 @@ def _check_count(value, smallest, largest, name):
     return int(value)
 
 
+def _warn_of_layout(image_shape):
+    channels, height, width = image_shape
+    if width in (1, 3, 4) and min(channels, height) > 4:  # as many as colours, and hardly a width
+        warnings.warn(f"each image has {channels} channels of {height}x{width} pixels; if the arrays are "
+                      "(N, H, W, C), make both (N, C, H, W) by images.transpose(0, 3, 1, 2)", stacklevel=4)
+
+
+def _warn_of_range(train_images, test_images):
+    """Warn of pixels above 1, and of training and test images that were not scaled alike.
+
+    Who subtracts a mean has negative pixels, so that images without any were not standardized.
+    """
+    (low, high, size), (test_low, test_high, test_size) = map(_extent, (train_images, test_images))
+    ranges = f"train_images lie in {low:g}..{high:g} and test_images in {test_low:g}..{test_high:g}"
+    is_centred, test_is_centred = low < -0.3 * size, test_low < -0.3 * test_size
+    if is_centred != test_is_centred or size > 4 * test_size > 0 or test_size > 4 * size > 0:
+        warnings.warn(f"{ranges}: it seems that they were not scaled alike; scale both in the same way",
+                      stacklevel=4)
+    elif min(low, test_low) >= 0 and max(high, test_high) > 1.001:  # more than an error of rounding
+        white = _white(max(high, test_high))
+        warnings.warn(f"{ranges}, expected 0..1; divide by {white}, both of them", stacklevel=4)
+
+
+def _extent(images):
+    flat = images.ravel()
+    return float(flat.min()), float(flat.max()), math.sqrt(np.dot(flat, flat) / flat.size)
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Training and test images with their labels, checked once, when the data set is made.
+
+    Warns (`UserWarning`) of images that can be trained on, but hardly as they are: with pixels up to 16 or
+    255, scaled in training or test only, or of shape (N, H, W, C). Standardized images are fine.
 
     Attributes
     ----------
@@ -110,12 +186,16 @@ class Dataset:
     def __post_init__(self):
         n_classes = _check_count(self.n_classes, 2, 2**31 - 1, "n_classes")
         train_images = check_images(self.train_images, name="train_images")
+        _warn_of_layout(train_images.shape[1:])
         test_images = check_images(self.test_images, train_images.shape[1:], name="test_images")
+        _warn_of_range(train_images, test_images)
         train_labels = check_labels(self.train_labels, n_classes, len(train_images), "train_labels")
         test_labels = check_labels(self.test_labels, n_classes, len(test_images), "test_labels")
-        checked = dict(train_images=train_images, train_labels=train_labels,
-                       test_images=test_images, test_labels=test_labels, n_classes=n_classes)
-        for field, value in checked.items():
+        self._set(train_images=train_images, train_labels=train_labels,
+                  test_images=test_images, test_labels=test_labels, n_classes=n_classes)
+
+    def _set(self, **fields):
+        for field, value in fields.items():
             object.__setattr__(self, field, value)  # the way to set a field of a frozen dataclass
 
     def __repr__(self):
@@ -137,14 +217,13 @@ class Dataset:
         rng : None, int or numpy.random.Generator
         """
         rng = np.random.default_rng(rng)
-        parts = []
-        for images, labels, n, argument in ((self.train_images, self.train_labels, n_train, "n_train"),
-                                            (self.test_images, self.test_labels, n_test, "n_test")):
+        part = copy.copy(self)  # which checks, and warns of, nothing anew
+        for kind, n in (("train", n_train), ("test", n_test)):
+            images, labels = getattr(self, f"{kind}_images"), getattr(self, f"{kind}_labels")
             if n is not None:
-                chosen = rng.choice(len(images), _check_count(n, 1, len(images), argument), replace=False)
-                images, labels = images[chosen], labels[chosen]
-            parts += [images, labels]
-        return Dataset(*parts, n_classes=self.n_classes, name=self.name)
+                chosen = rng.choice(len(images), _check_count(n, 1, len(images), f"n_{kind}"), replace=False)
+                part._set(**{f"{kind}_images": images[chosen], f"{kind}_labels": labels[chosen]})
+        return part
 
 
 def load_digits(size=8, test_fraction=0.2, rng=0):

@@ -1,5 +1,8 @@
 """Data sets: what is accepted, and what is refused or warned of with which words."""
 
+import re
+import warnings
+
 import numpy as np
 import pytest
 import sklearn.datasets
@@ -64,8 +67,8 @@ def test_pixels_that_are_not_numbers_are_counted_and_located():
     (np.zeros((0, 1, 3, 2)), ValueError, "is empty"),
     (np.zeros((4, 1, 0, 2)), ValueError, "is empty"),
     (np.zeros((4, 1, 2, 3)), ValueError, r"\(1, 2, 3\), expected \(1, 3, 2\)"),
-    (np.zeros((4, 1, 3, 2), np.uint8), TypeError, "uint8.*divide by 255"),
-    (np.zeros((4, 1, 3, 2), int), TypeError, "int64.*divide by 255"),
+    (np.full((4, 1, 3, 2), 255, np.uint8), TypeError, "uint8.*divide by 255"),
+    (np.full((4, 1, 3, 2), 200), TypeError, "int64.*divide by 255"),
     (np.zeros((4, 1, 3, 2), bool), TypeError, "bool.*astype"),
     (np.zeros((4, 1, 3, 2), complex), TypeError, "complex128"),
     (np.full((4, 1, 3, 2), None), TypeError, "object"),
@@ -79,12 +82,16 @@ def test_unsuitable_images_are_refused(images, error, words):
 
 @pytest.mark.parametrize("labels, error, words", [
     ([0, 1, 2], ValueError, r"shape \(3,\).*each of 4 images"),
-    (np.eye(4, dtype=int), ValueError, r"shape \(4, 4\).*argmax"),
+    (np.eye(4, 3, dtype=int), ValueError, r"shape \(4, 3\).*at least one\)$"),  # the last row is of zeros
+    (np.eye(4, dtype=int), ValueError, r"shape \(4, 4\).*at least one\)$"),
+    (np.full((4, 3), 1 / 3), ValueError, r"shape \(4, 3\).*at least one\)$"),
     ([], ValueError, r"shape \(0,\)"),
-    ([0, 1, 3, 4], ValueError, r"value 3 at 2, expected 0\.\.2"),
-    ([0, -1, 2, 0], ValueError, r"value -1 at 1, expected 0\.\.2"),
+    ([0, 1, 3, 4], ValueError, r"value 3 at 2, expected 0\.\.2.*, set n_classes to 5 or more$"),
+    ([0, -1, 2, 0], ValueError, r"value -1 at 1, expected 0\.\.2.*from 0 \(in training and test\)$"),
     (np.array([0, 1, 2, 2**64 - 1], np.uint64), ValueError, "value 18446744073709551615 at 3"),
-    ([0.0, 1.0, 2.0, 0.5], TypeError, r"float64.*0\.0.*astype"),
+    ([0.0, 1.0, 2.0, 0.5], TypeError, r"float64.*0\.0.*number the classes from 0$"),
+    ([0.0, 1.0, 2.0, np.nan], TypeError, "number the classes from 0$"),
+    (["ant", "bee", "cat", "ant"], TypeError, "number the classes from 0$"),
     ([True, False, True, False], TypeError, "bool"),
     (list("0120"), TypeError, "<U1.*'0'"),
 ])
@@ -93,6 +100,37 @@ def test_unsuitable_labels_are_refused(labels, error, words):
         check_labels(labels, 3, 4)
     with pytest.raises(error, match="test_labels.*" + words):
         Dataset(**arrays() | dict(test_labels=labels))
+
+
+COUNT = np.array([0, 1, 2, 0])
+
+
+@pytest.mark.parametrize("labels", [
+    COUNT[:, None], COUNT[None], COUNT[:, None, None], np.eye(3)[COUNT], np.eye(3, dtype=bool)[COUNT],
+    COUNT.astype(float), COUNT.astype(str), COUNT.astype(str).astype(object),
+], ids=lambda labels: f"{labels.dtype}{labels.shape}")
+def test_the_advice_for_labels_is_right(labels):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        check_labels(labels, 3, 4)
+    advice = re.search(r"labels\.\w+\(.*\)$", str(caught.value)).group()
+    assert np.array_equal(check_labels(eval(advice), 3, 4), COUNT)
+
+
+PICTURES = np.linspace(0, 1, 4 * 3 * 5 * 7).reshape(4, 3, 5, 7)
+
+
+@pytest.mark.parametrize("images, expected", [
+    ((PICTURES * 255).astype(np.uint8), PICTURES), ((PICTURES * 16).astype(np.uint8), PICTURES),
+    ((PICTURES * 65535).astype(np.uint16), PICTURES), ((PICTURES * 100).astype(int), PICTURES * 100 / 255),
+    ((PICTURES * 3).astype(int), PICTURES), (PICTURES > 0.5, PICTURES > 0.5),
+    (PICTURES[1], PICTURES[1:2]), (PICTURES.transpose(0, 2, 3, 1), PICTURES),
+], ids=lambda images: f"{images.dtype}{images.shape}")
+def test_the_advice_for_images_is_right(images, expected):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        check_images(images, (3, 5, 7))
+    mended = check_images(eval(re.search(r"images(\.|\[).*$", str(caught.value)).group()), (3, 5, 7))
+    np.testing.assert_allclose(mended, expected, atol=0 if images.dtype.kind in "bf" else 1 / images.max(),
+                               rtol=1e-6)
 
 
 def test_zero_images_are_refused_with_zero_labels():
@@ -105,6 +143,61 @@ def test_zero_images_are_refused_with_zero_labels():
 def test_number_of_classes_is_checked(n_classes, error):
     with pytest.raises(error, match=f"n_classes is {n_classes}"):
         Dataset(**arrays() | dict(n_classes=n_classes))
+
+
+def standardized(images):
+    return (images - images.mean()) / images.std()
+
+
+def same(images):
+    return images
+
+
+@pytest.mark.parametrize("train, test, words", [
+    (same, same, None),
+    (standardized, standardized, None),
+    (lambda x: 2 * x - 1, lambda x: 2 * x - 1, None),
+    (lambda x: x - x.mean(axis=0), lambda x: x - x.mean(axis=0), None),
+    (lambda x: x * np.float32(1.0000002), same, None),
+    (same, lambda x: x / 3, None),  # darker
+    (same, lambda x: 0 * x, None),
+    (lambda x: 1.1 * x - 0.05, same, None),  # images that were turned overshoot a little
+    (lambda x: 16 * x, lambda x: 15 * x, "expected 0..1; divide by 16, both"),
+    (lambda x: 255 * x, lambda x: 254 * x, r"train_images lie in 0\.\.255 and .*; divide by 255, both"),
+    (lambda x: 2.5 * x, lambda x: 2.5 * x, "divide by 3, both"),
+    (same, lambda x: 255 * x, r"train_images lie in 0\.\.1 and test_images in 0\.\.255: .*not scaled alike"),
+    (lambda x: 255 * x, same, "not scaled alike"),
+    (same, lambda x: x / 255, "not scaled alike"),  # twice
+    (standardized, same, "not scaled alike"),
+    (same, standardized, "not scaled alike"),
+])
+def test_images_of_an_unlikely_range_are_warned_of_once(digits, train, test, words):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = Dataset(train(digits.train_images), digits.train_labels,
+                       test(digits.test_images), digits.test_labels, 10)
+        data.subset(20, 20, rng=0)
+    if words is None:
+        assert not caught
+    else:
+        (warning,) = caught
+        assert re.search(words, str(warning.message)) and warning.filename == __file__
+
+
+@pytest.mark.parametrize("shape, is_warned_of", [
+    ((32, 32, 3), True), ((28, 28, 1), True), ((48, 64, 4), True),
+    ((3, 32, 32), False), ((1, 8, 8), False), ((16, 4, 4), False), ((1, 3, 2), False)])
+def test_channels_behind_the_pixels_are_warned_of(shape, is_warned_of):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = Dataset(**arrays(shape=shape))
+    assert [bool(re.search(r"images\.transpose\(0, 3, 1, 2\)$", str(warning.message)))
+            for warning in caught] == [True] * is_warned_of
+    if is_warned_of:  # as it says
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            moved = [images.transpose(0, 3, 1, 2) for images in (data.train_images, data.test_images)]
+            Dataset(moved[0], data.train_labels, moved[1], data.test_labels, 3)
 
 
 def test_subset_draws_pairs_without_replacement():
