@@ -35,11 +35,13 @@ def check_images(images, image_shape=None, name="images"):
     if images.size == 0:
         raise ValueError(f"{name} is empty (shape {images.shape}), expected at least one image of one pixel")
     if images.dtype.kind != "f":
-        mend = ""
-        if images.dtype.kind in "biu":
-            white = _white(images.max())
-            mend = (f"; divide by {white} first: images.astype('float32') / {white}" if white > 1 else
-                    "; convert them: images.astype('float32')")
+        mend, converted = "", "images.astype('float32')"
+        if images.dtype.kind == "b":
+            mend = f"; convert them: {converted}"
+        elif images.dtype.kind in "iu" and (white := _white(images.max())) > 1:
+            mend = f"; divide by {white} first: {converted} / {white}"
+        elif images.dtype.kind in "iu":  # 0 and 1, or all black
+            mend = f"; convert them: {converted}, and divide by 255 if that is white"
         raise TypeError(f"{name} has dtype {images.dtype}, expected floating-point numbers in [0, 1]{mend}")
     if image_shape is not None and images.shape[1:] != tuple(image_shape):
         channels_last = images.shape[1:] == (*image_shape[1:], image_shape[0])
