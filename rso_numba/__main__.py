@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from . import __version__, datasets, kernels, models, presets
+from . import __version__, datasets, kernels, mnist, models, presets
 from .files import written_beside
 
 # What suits each data set, where the command line says nothing else.
@@ -73,8 +73,8 @@ def parser():
     option = run.add_argument
     option("--data", default="digits", metavar="NAME",
            help=f"data set, {names(datasets.LOADERS)} (default: %(default)s)")
-    option("--data-home", metavar="FOLDER", help="folder with the files of MNIST, or to download them to "
-           "(default: $RSO_NUMBA_DATA, or ./data if there is one)")
+    option("--data-home", metavar="FOLDER", help="folder with the files of MNIST, or to download them to; it "
+           "must exist (default: $RSO_NUMBA_DATA, or ./data if there is one)")
     option("--model", default="one_conv", metavar="NAME",
            help=f"network, {names(models.MODELS)} (default: %(default)s)")
     option("--preset", default="paper", metavar="NAME",
@@ -114,7 +114,8 @@ def _add_bench(commands):
     option("--model", default="all", choices=("one_conv", "two_conv", "paper_mnist", "all"),
            help="network (default: %(default)s)")
     option("--data", default="mnist", choices=("mnist", "digits28"), help="data set (default: %(default)s)")
-    option("--data-home", metavar="FOLDER", help="folder with the files of MNIST")
+    option("--data-home", metavar="FOLDER", help="folder with the files of MNIST, or to download them to; it "
+           "must exist (default: $RSO_NUMBA_DATA, or ./data if there is one)")
     option("--batch-size", type=int, metavar="N", help="images in a mini-batch of RSO (default: 1024 for "
            "one_conv, 1000 for two_conv, 5000 for paper_mnist; at most half of the training set)")
     option("--preset", metavar="NAME", help=f"settings of RSO, one of {', '.join(presets.PRESETS)} "
@@ -289,15 +290,18 @@ def _gpu():
 
 
 def _data_folders():
-    given = os.environ.get("RSO_NUMBA_DATA")
-    roots = [Path(given)] if given else [Path("data"), Path(__file__).parents[1] / "data"]
-    for root in dict.fromkeys(root.expanduser().resolve() for root in roots):
-        if not root.is_dir():
-            yield f"{root} does not exist"
+    try:
+        homes = mnist.data_homes()
+    except OSError as error:
+        yield str(error)
+        return
+    for home in homes:
+        if not home.is_dir():
+            yield f"{home} does not exist"
             continue
-        found = [name for name in datasets.MNIST_FILES for folder in (root, root / "mnist")
-                 for end in ("", ".gz") if (folder / (name + end)).is_file()]
-        yield f"{root} has {len(set(found))} of the {len(datasets.MNIST_FILES)} files of MNIST"
+        paths = mnist.find_files(home)  # the folder that `load_mnist` would read
+        folder = next(iter(paths.values())).parent if paths else home
+        yield f"{folder.resolve()} has {len(paths)} of the {len(mnist.MNIST_FILES)} files of MNIST"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ SGD_BATCH_SIZES = (32, 256)
 CHECK_IMAGES = 64  # mini-batch of the comparison of losses, which is also the first call of everything
 BLOCK = 12  # trials of delta evaluation that are averaged before the median is taken
 THREE_PASSES, CACHED = "PyTorch, three passes", "PyTorch, cached input"
-NO_TORCH = "skipped: PyTorch is not installed; pip install 'rso_numba[bench]'"
+NO_TORCH = "skipped: PyTorch is not installed; pip install -e '.[bench]'"
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,19 @@
 """Images and labels to learn from: scikit-learn's digits (bundled) and MNIST (files or download).
 
-Every loader returns a `Dataset`, whose arrays have been checked. Nothing here unpickles, and no number
-in the header of a file is believed before it is checked.
+Every loader returns a `Dataset`, whose arrays have been checked. The files of MNIST are
+read in `mnist.py`.
 """
 
-import gzip
-import hashlib
-import http.client
+import copy
 import math
 import numbers
-import os
-import struct
-import zlib
+import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-# The four files of MNIST: shape of the array of bytes, and SHA-256 of the decompressed file.
-MNIST_FILES = {
-    "train-images-idx3-ubyte": (
-        (60000, 28, 28), "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
-    "train-labels-idx1-ubyte": (
-        (60000,), "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
-    "t10k-images-idx3-ubyte": (
-        (10000, 28, 28), "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
-    "t10k-labels-idx1-ubyte": (
-        (10000,), "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
-}
+from . import mnist
+from .mnist import read_idx  # noqa: F401 (for data sets of one's own in that format)
 
 
 def check_images(images, image_shape=None, name="images"):
@@ -43,18 +29,26 @@ def check_images(images, image_shape=None, name="images"):
         What the error messages call them.
     """
     images = np.asarray(images)
-    if images.dtype.kind != "f":
-        mend = ("divide by 255 first: images.astype('float32') / 255" if images.dtype.kind in "iu"
-                else "convert them: images.astype('float32')")
-        raise TypeError(f"{name} has dtype {images.dtype}, expected floating-point numbers in [0, 1]; {mend}")
     if images.ndim != 4:
         raise ValueError(f"{name} has {images.ndim} dimensions (shape {images.shape}), expected 4: (N, C, H, "
-                         "W); grey images (N, H, W) become (N, 1, H, W) by images[:, None]")
+                         f"W); {_how_to_get_four_dimensions(images.shape, image_shape)}")
     if images.size == 0:
         raise ValueError(f"{name} is empty (shape {images.shape}), expected at least one image of one pixel")
+    if images.dtype.kind != "f":
+        mend, converted = "", "images.astype('float32')"
+        if images.dtype.kind == "b":
+            mend = f"; convert them: {converted}"
+        elif images.dtype.kind in "iu" and (white := _white(images.max())) > 1:
+            mend = f"; divide by {white} first: {converted} / {white}"
+        elif images.dtype.kind in "iu":  # 0 and 1, or all black
+            mend = f"; convert them: {converted}, and divide by 255 if that is white"
+        raise TypeError(f"{name} has dtype {images.dtype}, expected floating-point numbers in [0, 1]{mend}")
     if image_shape is not None and images.shape[1:] != tuple(image_shape):
+        channels_last = images.shape[1:] == (*image_shape[1:], image_shape[0])
+        mend = ("move the channels: images.transpose(0, 3, 1, 2)" if channels_last else
+                "resize them, or use a network and training images of this shape")
         raise ValueError(f"{name} has images of shape (C, H, W) = {images.shape[1:]}, expected "
-                         f"{tuple(image_shape)}; resize them, or build the network for this shape")
+                         f"{tuple(image_shape)}; {mend}")
     with np.errstate(over="ignore"):  # a number too large for float32 becomes inf, which is reported below
         images = np.ascontiguousarray(images, dtype=np.float32)
     flat = images.ravel()
@@ -65,6 +59,20 @@ def check_images(images, image_shape=None, name="images"):
         raise ValueError(f"{name} has {np.sum(~finite)} NaN or infinite pixels (in float32), the first is "
                          f"{images[first]} at index {first}; mend them, or leave these images out")
     return images
+
+
+def _how_to_get_four_dimensions(shape, image_shape):
+    if image_shape is not None and shape == tuple(image_shape):
+        return "a single image becomes (1, C, H, W) by images[None]"
+    if len(shape) == 3:
+        return "grey images (N, H, W) become (N, 1, H, W) by images[:, None]"
+    return "rows of C * H * W pixels become (N, C, H, W) by images.reshape(-1, C, H, W)"
+
+
+def _white(largest):
+    """Return what stands for white in images whose largest pixel is `largest`, as far as can be told."""
+    largest = math.ceil(largest)
+    return next((white for white in (16, 255, 65535) if white / 4 <= largest <= white), largest)
 
 
 def check_labels(labels, n_classes, n_images, name="labels"):
@@ -83,17 +91,39 @@ def check_labels(labels, n_classes, n_images, name="labels"):
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or len(labels) != n_images or n_images == 0:
+        mend = ""
+        if labels.size == n_images == max(labels.shape, default=1) and n_images > 0:
+            mend = "; one axis is enough: labels.ravel()"
+        elif labels.shape == (n_images, n_classes) and _are_one_hot(labels):
+            mend = "; one-hot rows become labels by labels.argmax(axis=1)"
         raise ValueError(f"{name} has shape {labels.shape}, expected one label for each of {n_images} images "
-                         "(at least one); one-hot rows become labels by labels.argmax(axis=1)")
+                         f"(at least one){mend}")
     if labels.dtype.kind not in "iu":
+        mend = "convert them: labels.astype('int64')" if _are_whole(labels) else "number the classes from 0"
         raise TypeError(f"{name} has dtype {labels.dtype} (the first is {labels[0]!r}), expected integers "
-                        f"0..{n_classes - 1}; convert them: labels.astype('int64')")
+                        f"0..{n_classes - 1}; {mend}")
     outside = (labels < 0) | (labels >= n_classes)
     if outside.any():
-        first = int(np.argmax(outside))
+        first, largest = int(np.argmax(outside)), int(labels.max())
+        mend = "" if labels.min() < 0 else f", or, if they are, set n_classes to {largest + 1} or more"
         raise ValueError(f"{name} has the value {labels[first]} at {first}, expected 0..{n_classes - 1}: "
-                         "number the classes from 0, or set n_classes to the largest label + 1")
+                         f"number the classes from 0 (in training and test){mend}")
     return np.ascontiguousarray(labels, dtype=np.int64)
+
+
+def _are_one_hot(rows):
+    return rows.dtype.kind in "biuf" and np.isin(rows, (0, 1)).all() and (rows.sum(axis=1) == 1).all()
+
+
+def _are_whole(labels):
+    """Say whether labels that are not integers, but text perhaps, can be converted without loss."""
+    try:
+        with np.errstate(invalid="ignore"):  # NaN
+            numbers = labels.astype(np.int64).tolist()
+    except (ValueError, TypeError, OverflowError):
+        return False
+    return all(isinstance(label, (str, bytes)) or label == number
+               for label, number in zip(labels.tolist(), numbers, strict=True))
 
 
 def _check_count(value, smallest, largest, name):
@@ -104,9 +134,40 @@ def _check_count(value, smallest, largest, name):
     return int(value)
 
 
+def _warn_of_layout(image_shape):
+    channels, height, width = image_shape
+    if width in (1, 3, 4) and min(channels, height) > 4:  # as many as colours, and hardly a width
+        warnings.warn(f"each image has {channels} channels of {height}x{width} pixels; if the arrays are "
+                      "(N, H, W, C), make both (N, C, H, W) by images.transpose(0, 3, 1, 2)", stacklevel=4)
+
+
+def _warn_of_range(train_images, test_images):
+    """Warn of pixels above 1, and of training and test images that were not scaled alike.
+
+    Who subtracts a mean has negative pixels, so that images without any were not standardized.
+    """
+    (low, high, size), (test_low, test_high, test_size) = map(_extent, (train_images, test_images))
+    ranges = f"train_images lie in {low:g}..{high:g} and test_images in {test_low:g}..{test_high:g}"
+    is_centred, test_is_centred = low < -0.3 * size, test_low < -0.3 * test_size
+    if is_centred != test_is_centred or size > 4 * test_size > 0 or test_size > 4 * size > 0:
+        warnings.warn(f"{ranges}: it seems that they were not scaled alike; scale both in the same way",
+                      stacklevel=4)
+    elif min(low, test_low) >= 0 and max(high, test_high) > 1.001:  # more than an error of rounding
+        white = _white(max(high, test_high))
+        warnings.warn(f"{ranges}, expected 0..1; divide by {white}, both of them", stacklevel=4)
+
+
+def _extent(images):
+    flat = images.ravel()
+    return float(flat.min()), float(flat.max()), math.sqrt(np.dot(flat, flat) / flat.size)
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Training and test images with their labels, checked once, when the data set is made.
+
+    Warns (`UserWarning`) of images that can be trained on, but hardly as they are: with pixels up to 16 or
+    255, scaled in training or test only, or of shape (N, H, W, C). Standardized images are fine.
 
     Attributes
     ----------
@@ -127,12 +188,16 @@ class Dataset:
     def __post_init__(self):
         n_classes = _check_count(self.n_classes, 2, 2**31 - 1, "n_classes")
         train_images = check_images(self.train_images, name="train_images")
+        _warn_of_layout(train_images.shape[1:])
         test_images = check_images(self.test_images, train_images.shape[1:], name="test_images")
+        _warn_of_range(train_images, test_images)
         train_labels = check_labels(self.train_labels, n_classes, len(train_images), "train_labels")
         test_labels = check_labels(self.test_labels, n_classes, len(test_images), "test_labels")
-        checked = dict(train_images=train_images, train_labels=train_labels,
-                       test_images=test_images, test_labels=test_labels, n_classes=n_classes)
-        for field, value in checked.items():
+        self._set(train_images=train_images, train_labels=train_labels,
+                  test_images=test_images, test_labels=test_labels, n_classes=n_classes)
+
+    def _set(self, **fields):
+        for field, value in fields.items():
             object.__setattr__(self, field, value)  # the way to set a field of a frozen dataclass
 
     def __repr__(self):
@@ -154,14 +219,13 @@ class Dataset:
         rng : None, int or numpy.random.Generator
         """
         rng = np.random.default_rng(rng)
-        parts = []
-        for images, labels, n, argument in ((self.train_images, self.train_labels, n_train, "n_train"),
-                                            (self.test_images, self.test_labels, n_test, "n_test")):
+        part = copy.copy(self)  # which checks, and warns of, nothing anew
+        for kind, n in (("train", n_train), ("test", n_test)):
+            images, labels = getattr(self, f"{kind}_images"), getattr(self, f"{kind}_labels")
             if n is not None:
-                chosen = rng.choice(len(images), _check_count(n, 1, len(images), argument), replace=False)
-                images, labels = images[chosen], labels[chosen]
-            parts += [images, labels]
-        return Dataset(*parts, n_classes=self.n_classes, name=self.name)
+                chosen = rng.choice(len(images), _check_count(n, 1, len(images), f"n_{kind}"), replace=False)
+                part._set(**{f"{kind}_images": images[chosen], f"{kind}_labels": labels[chosen]})
+        return part
 
 
 def load_digits(size=8, test_fraction=0.2, rng=0):
@@ -196,148 +260,29 @@ def load_digits(size=8, test_fraction=0.2, rng=0):
                    name="digits" if size == 8 else "digits28")
 
 
-def read_idx(path, expected_shape=None, max_bytes=2**28):
-    """Read an array of unsigned bytes from an IDX file (the format of MNIST), gzipped or not.
-
-    Parameters
-    ----------
-    path : str or path
-    expected_shape : tuple of int, optional
-        Refuse any other shape.
-    max_bytes : int
-        Refuse arrays larger than this. Memory is taken for what the file holds, not for what it claims.
-
-    Returns
-    -------
-    array : ndarray, uint8
-
-    Raises
-    ------
-    ValueError
-        If the file is anything but one whole IDX file of unsigned bytes; names the file and the reason.
-    """
-    with open(path, "rb") as raw:
-        gzipped = raw.read(2) == b"\x1f\x8b"  # look inside: browsers unpack files, but leave .gz in the name
-        raw.seek(0)
-        try:
-            return _read_idx(gzip.GzipFile(fileobj=raw) if gzipped else raw, expected_shape, max_bytes)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: damaged or cut short gzip file ({error}); replace it") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; replace the file") from None
-
-
-def _read_idx(file, expected_shape, max_bytes):
-    # 0, 0, type code (8: unsigned byte), number of dimensions; the sizes, signed, high byte first; the bytes
-    magic = file.read(4)
-    if magic[:2] != b"\0\0"[:len(magic)]:
-        raise ValueError(f"not an IDX file: starts with the bytes {magic.hex(' ')}, expected 00 00 08")
-    n_dimensions = magic[3] if len(magic) == 4 else 0
-    sizes = file.read(4 * n_dimensions)
-    if len(magic) < 4 or len(sizes) < 4 * n_dimensions:
-        raise ValueError(f"cut short: the file ends inside its IDX header, after {len(magic + sizes)} bytes")
-    if magic[2] != 8:
-        raise ValueError(f"the IDX type code is 0x{magic[2]:02x}, expected 0x08 (unsigned bytes)")
-    shape = struct.unpack(f">{n_dimensions}i", sizes)
-    if not 1 <= n_dimensions <= 8 or min(shape) < 1:
-        raise ValueError(f"the IDX header declares {n_dimensions} dimensions of sizes {shape[:8]}, expected "
-                         "1 to 8 dimensions of sizes from 1")
-    if expected_shape is not None and shape != tuple(expected_shape):
-        raise ValueError(f"the IDX header declares shape {shape}, expected {tuple(expected_shape)}: is it "
-                         "another file, renamed?")
-    n_bytes = math.prod(shape)
-    if n_bytes > max_bytes:
-        raise ValueError(f"the header declares shape {shape}, {n_bytes} bytes, over max_bytes={max_bytes}")
-    body = bytearray()
-    while piece := file.read(min(2**20, n_bytes + 1 - len(body))):  # at most one byte more than needed
-        body += piece
-    if len(body) < n_bytes:
-        raise ValueError(f"cut short: {len(body)} bytes after the IDX header, which declares {n_bytes}")
-    if len(body) > n_bytes:
-        raise ValueError(f"more bytes follow the {n_bytes} that the IDX header declares")
-    return np.frombuffer(body, np.uint8).reshape(shape)
-
-
 def load_mnist(data_home=None):
     """Load MNIST: 60000 training and 10000 test images of handwritten digits, 28 x 28.
 
-    Reads the four files of `MNIST_FILES` (gzipped, with .gz, or not). Without them, scikit-learn downloads
-    a copy from OpenML (some 15 MB, once; being text, it takes far longer to read than the four files).
+    Reads the four files of `mnist.MNIST_FILES`, gzipped (with .gz) or not, with a dash or a dot before idx.
+    Without them, scikit-learn downloads a copy from OpenML (some 15 MB, once; being text, it takes far longer
+    to read than the four files).
 
     Parameters
     ----------
     data_home : str or path, optional
-        The folder of the files, or of a folder ``mnist`` with the files; a download goes there too.
-        None: the environment variable RSO_NUMBA_DATA names it; else it is ``data`` in the current directory
-        or in the checkout of this package; else a download goes to scikit-learn's own cache.
+        A folder that exists. The files are in it, or below it in ``mnist`` or in ``MNIST/raw``; a download
+        goes there too. None: the environment variable RSO_NUMBA_DATA names it; else it is ``data`` in the
+        current directory or in the checkout of this package; else a download goes to scikit-learn's cache.
 
     Raises
     ------
     ValueError
         If a file is damaged, misnamed, or not the published one (by its SHA-256).
-    FileNotFoundError
-        If files are missing and cannot be downloaded: says which files to put where.
+    FileNotFoundError, NotADirectoryError
+        If the folder that was named is none, or if files are missing and cannot be downloaded: says which
+        files to put where.
     """
-    given = data_home if data_home is not None else os.environ.get("RSO_NUMBA_DATA") or None
-    if given is not None:
-        roots = cache = [Path(given).expanduser()]
-    else:
-        roots = [Path("data").resolve(), Path(__file__).resolve().parents[1] / "data"]
-        cache = [root for root in roots if root.is_dir()]
-    folders = list(dict.fromkeys(folder for root in roots for folder in (root, root / "mnist")))
-    found = [{name: folder / (name + end) for name in MNIST_FILES for end in ("", ".gz")
-              if (folder / (name + end)).is_file()} for folder in folders]
-    paths = max(found, key=len)  # the first of the fullest
-    if not paths:
-        return _mnist_from_openml(cache[0] if cache else None, folders)
-    missing = [name for name in MNIST_FILES if name not in paths]
-    if missing:
-        raise FileNotFoundError(f"{folders[found.index(paths)]} lacks {', '.join(missing)} (.gz or not); put "
-                                "all four files of MNIST there, or none to have them downloaded")
-    arrays = []
-    for name, (shape, expected) in MNIST_FILES.items():
-        array = read_idx(paths[name], expected_shape=shape)
-        header = struct.pack(f">4B{array.ndim}i", 0, 0, 8, array.ndim, *shape)
-        sha256 = hashlib.sha256(header + array.tobytes()).hexdigest()  # of the whole decompressed file
-        if sha256 != expected:
-            raise ValueError(f"{paths[name]}: the SHA-256 of the decompressed file is {sha256}, expected "
-                             f"{expected}; replace it, for it is damaged or belongs to another data set "
-                             "(the files of Fashion-MNIST have the same names)")
-        arrays.append(array)
-    return _mnist_dataset(*arrays)
-
-
-def _mnist_from_openml(cache, folders):
-    from sklearn import datasets as sklearn_datasets
-
-    try:
-        bunch = sklearn_datasets.fetch_openml(
-            "mnist_784", version=1, data_home=cache and str(cache), as_frame=False, n_retries=1,
-            parser="liac-arff")  # the parser that needs no pandas
-    except (OSError, http.client.HTTPException) as error:
-        names, places = ("\n  ".join(map(str, lines)) for lines in (MNIST_FILES, folders))
-        raise FileNotFoundError(
-            f"MNIST is not on this machine and could not be downloaded ({type(error).__name__}: {error}). "
-            f"Put these four files, gzipped (with .gz) or not,\n  {names}\n"
-            f"into one of these folders\n  {places}\n"
-            "or set the environment variable RSO_NUMBA_DATA to the folder that holds them. "
-            "load_digits(size=28) needs no download.") from error
-    data, target = np.asarray(bunch.data), np.asarray(bunch.target)
-    mend = f"delete the folder openml in {cache or '~/scikit_learn_data'} and try again"
-    if data.shape != (70000, 784) or target.shape != (70000,):
-        raise ValueError(f"OpenML sent MNIST as data {data.shape} and target {target.shape}, expected "
-                         f"(70000, 784) and (70000,); {mend}")
-    with np.errstate(invalid="ignore"):
-        pixels = data.astype(np.uint8)
-    if not np.array_equal(pixels, data):  # NaN, fractions, and numbers outside 0..255 do not survive uint8
-        raise ValueError(f"OpenML sent MNIST with pixels other than the whole numbers 0..255; {mend}")
-    if not np.isin(target.astype(str), list("0123456789")).all():
-        raise ValueError(f"OpenML sent MNIST with labels {np.unique(target.astype(str))[:20]}; {mend}")
-    images, labels = pixels.reshape(-1, 28, 28), target.astype(np.int64)  # the labels come as '0' to '9'
-    return _mnist_dataset(images[:60000], labels[:60000], images[60000:], labels[60000:])
-
-
-def _mnist_dataset(train_images, train_labels, test_images, test_labels):
+    train_images, train_labels, test_images, test_labels = mnist.read_mnist(data_home)
     # (N, 28, 28) bytes -> (N, 1, 28, 28) float32 in [0, 1]
     train_images, test_images = (
         np.divide(images[:, None], 255, dtype=np.float32) for images in (train_images, test_images))

@@ -274,8 +274,8 @@ class Network:
 
         Raises
         ------
-        FileNotFoundError
-            If there is no such file.
+        FileNotFoundError, IsADirectoryError, PermissionError
+            If there is no such file, or it cannot be read.
         ValueError
             If the file is damaged or is not a saved network; the message says why.
         """
@@ -290,7 +290,7 @@ class Network:
                     if saved[name].shape != array.shape:
                         raise ValueError(f"{name} has shape {saved[name].shape}; expected {array.shape}")
                     array[...] = saved[name]
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError, PermissionError):  # to save it again would not help
             raise
         except (ValueError, TypeError, KeyError, OSError, EOFError, MemoryError, AttributeError,
                 zipfile.BadZipFile, zipfile.zlib.error) as error:

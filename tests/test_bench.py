@@ -99,7 +99,7 @@ def test_without_torch_its_rows_are_skipped_visibly(written):
     skipped = [row for row in result["rows"] if row["value"] is None]
     assert {row["what"] for row in skipped} == {bench.THREE_PASSES, bench.CACHED, "SGD, PyTorch", "PyTorch"}
     assert all(row["measured"] == bench.NO_TORCH and row["relative"] is None for row in skipped)
-    assert out.count("skipped: PyTorch is not installed; pip install 'rso_numba[bench]'") == len(skipped)
+    assert out.count("skipped: PyTorch is not installed; pip install -e '.[bench]'") == len(skipped)
     timed = [row for row in result["rows"] if row["value"] is not None]
     assert len(timed) == 11 and all(0 < row["value"] < np.inf for row in timed)
     assert not any("PyTorch" in row["against"] for row in result["rows"])

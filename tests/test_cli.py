@@ -233,7 +233,7 @@ def test_info_prints_versions_and_folders(monkeypatch, capsys, tmp_path):
     assert lines["threading layer"] in ("omp", "tbb", "workqueue")
     works, problem = lines["CUDA"].startswith("the cuda backend works: "), kernels.gpu_problem()
     assert works if problem is None else lines["CUDA"] == f"the cuda backend cannot run: {problem}"
-    assert lines["data folder"] == f"{tmp_path} has 1 of the 4 files of MNIST"
+    assert lines["data folder"] == f"{tmp_path / 'mnist'} has 1 of the 4 files of MNIST"
 
 
 def test_help_is_quick_and_names_every_option():

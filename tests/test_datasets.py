@@ -1,13 +1,7 @@
-"""Data sets: what is accepted, what is refused with which words, and hostile files."""
+"""Data sets: what is accepted, and what is refused or warned of with which words."""
 
-import gzip
-import hashlib
-import os
-import struct
-import tracemalloc
-import types
-import urllib.error
-from pathlib import Path
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -15,13 +9,6 @@ import sklearn.datasets
 
 from rso_numba import datasets
 from rso_numba.datasets import Dataset, check_images, check_labels
-
-
-def idx_bytes(array, magic=None, shape=None):
-    """Return the content of an IDX file; `magic` and `shape` replace what the header would truly say."""
-    shape = array.shape if shape is None else shape
-    magic = bytes([0, 0, 8, len(shape)]) if magic is None else magic
-    return magic + struct.pack(f">{len(shape)}i", *shape) + array.astype(np.uint8).tobytes()
 
 
 def arrays(n_train=6, n_test=4, shape=(1, 3, 2), n_classes=3):
@@ -80,8 +67,8 @@ def test_pixels_that_are_not_numbers_are_counted_and_located():
     (np.zeros((0, 1, 3, 2)), ValueError, "is empty"),
     (np.zeros((4, 1, 0, 2)), ValueError, "is empty"),
     (np.zeros((4, 1, 2, 3)), ValueError, r"\(1, 2, 3\), expected \(1, 3, 2\)"),
-    (np.zeros((4, 1, 3, 2), np.uint8), TypeError, "uint8.*divide by 255"),
-    (np.zeros((4, 1, 3, 2), int), TypeError, "int64.*divide by 255"),
+    (np.full((4, 1, 3, 2), 255, np.uint8), TypeError, "uint8.*divide by 255"),
+    (np.full((4, 1, 3, 2), 200), TypeError, "int64.*divide by 255"),
     (np.zeros((4, 1, 3, 2), bool), TypeError, "bool.*astype"),
     (np.zeros((4, 1, 3, 2), complex), TypeError, "complex128"),
     (np.full((4, 1, 3, 2), None), TypeError, "object"),
@@ -95,12 +82,16 @@ def test_unsuitable_images_are_refused(images, error, words):
 
 @pytest.mark.parametrize("labels, error, words", [
     ([0, 1, 2], ValueError, r"shape \(3,\).*each of 4 images"),
-    (np.eye(4, dtype=int), ValueError, r"shape \(4, 4\).*argmax"),
+    (np.eye(4, 3, dtype=int), ValueError, r"shape \(4, 3\).*at least one\)$"),  # the last row is of zeros
+    (np.eye(4, dtype=int), ValueError, r"shape \(4, 4\).*at least one\)$"),
+    (np.full((4, 3), 1 / 3), ValueError, r"shape \(4, 3\).*at least one\)$"),
     ([], ValueError, r"shape \(0,\)"),
-    ([0, 1, 3, 4], ValueError, r"value 3 at 2, expected 0\.\.2"),
-    ([0, -1, 2, 0], ValueError, r"value -1 at 1, expected 0\.\.2"),
+    ([0, 1, 3, 4], ValueError, r"value 3 at 2, expected 0\.\.2.*, set n_classes to 5 or more$"),
+    ([0, -1, 2, 0], ValueError, r"value -1 at 1, expected 0\.\.2.*from 0 \(in training and test\)$"),
     (np.array([0, 1, 2, 2**64 - 1], np.uint64), ValueError, "value 18446744073709551615 at 3"),
-    ([0.0, 1.0, 2.0, 0.5], TypeError, r"float64.*0\.0.*astype"),
+    ([0.0, 1.0, 2.0, 0.5], TypeError, r"float64.*0\.0.*number the classes from 0$"),
+    ([0.0, 1.0, 2.0, np.nan], TypeError, "number the classes from 0$"),
+    (["ant", "bee", "cat", "ant"], TypeError, "number the classes from 0$"),
     ([True, False, True, False], TypeError, "bool"),
     (list("0120"), TypeError, "<U1.*'0'"),
 ])
@@ -109,6 +100,37 @@ def test_unsuitable_labels_are_refused(labels, error, words):
         check_labels(labels, 3, 4)
     with pytest.raises(error, match="test_labels.*" + words):
         Dataset(**arrays() | dict(test_labels=labels))
+
+
+COUNT = np.array([0, 1, 2, 0])
+
+
+@pytest.mark.parametrize("labels", [
+    COUNT[:, None], COUNT[None], COUNT[:, None, None], np.eye(3)[COUNT], np.eye(3, dtype=bool)[COUNT],
+    COUNT.astype(float), COUNT.astype(str), COUNT.astype(str).astype(object),
+], ids=lambda labels: f"{labels.dtype}{labels.shape}")
+def test_the_advice_for_labels_is_right(labels):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        check_labels(labels, 3, 4)
+    advice = re.search(r"labels\.\w+\(.*\)$", str(caught.value)).group()
+    assert np.array_equal(check_labels(eval(advice), 3, 4), COUNT)
+
+
+PICTURES = np.linspace(0, 1, 4 * 3 * 5 * 7).reshape(4, 3, 5, 7)
+
+
+@pytest.mark.parametrize("images, expected", [
+    ((PICTURES * 255).astype(np.uint8), PICTURES), ((PICTURES * 16).astype(np.uint8), PICTURES),
+    ((PICTURES * 65535).astype(np.uint16), PICTURES), ((PICTURES * 100).astype(int), PICTURES * 100 / 255),
+    ((PICTURES * 3).astype(int), PICTURES), (PICTURES > 0.5, PICTURES > 0.5),
+    (PICTURES[1], PICTURES[1:2]), (PICTURES.transpose(0, 2, 3, 1), PICTURES),
+], ids=lambda images: f"{images.dtype}{images.shape}")
+def test_the_advice_for_images_is_right(images, expected):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        check_images(images, (3, 5, 7))
+    mended = check_images(eval(re.search(r"images(\.|\[).*$", str(caught.value)).group()), (3, 5, 7))
+    np.testing.assert_allclose(mended, expected, atol=0 if images.dtype.kind in "bf" else 1 / images.max(),
+                               rtol=1e-6)
 
 
 def test_zero_images_are_refused_with_zero_labels():
@@ -121,6 +143,61 @@ def test_zero_images_are_refused_with_zero_labels():
 def test_number_of_classes_is_checked(n_classes, error):
     with pytest.raises(error, match=f"n_classes is {n_classes}"):
         Dataset(**arrays() | dict(n_classes=n_classes))
+
+
+def standardized(images):
+    return (images - images.mean()) / images.std()
+
+
+def same(images):
+    return images
+
+
+@pytest.mark.parametrize("train, test, words", [
+    (same, same, None),
+    (standardized, standardized, None),
+    (lambda x: 2 * x - 1, lambda x: 2 * x - 1, None),
+    (lambda x: x - x.mean(axis=0), lambda x: x - x.mean(axis=0), None),
+    (lambda x: x * np.float32(1.0000002), same, None),
+    (same, lambda x: x / 3, None),  # darker
+    (same, lambda x: 0 * x, None),
+    (lambda x: 1.1 * x - 0.05, same, None),  # images that were turned overshoot a little
+    (lambda x: 16 * x, lambda x: 15 * x, "expected 0..1; divide by 16, both"),
+    (lambda x: 255 * x, lambda x: 254 * x, r"train_images lie in 0\.\.255 and .*; divide by 255, both"),
+    (lambda x: 2.5 * x, lambda x: 2.5 * x, "divide by 3, both"),
+    (same, lambda x: 255 * x, r"train_images lie in 0\.\.1 and test_images in 0\.\.255: .*not scaled alike"),
+    (lambda x: 255 * x, same, "not scaled alike"),
+    (same, lambda x: x / 255, "not scaled alike"),  # twice
+    (standardized, same, "not scaled alike"),
+    (same, standardized, "not scaled alike"),
+])
+def test_images_of_an_unlikely_range_are_warned_of_once(digits, train, test, words):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = Dataset(train(digits.train_images), digits.train_labels,
+                       test(digits.test_images), digits.test_labels, 10)
+        data.subset(20, 20, rng=0)
+    if words is None:
+        assert not caught
+    else:
+        (warning,) = caught
+        assert re.search(words, str(warning.message)) and warning.filename == __file__
+
+
+@pytest.mark.parametrize("shape, is_warned_of", [
+    ((32, 32, 3), True), ((28, 28, 1), True), ((48, 64, 4), True),
+    ((3, 32, 32), False), ((1, 8, 8), False), ((16, 4, 4), False), ((1, 3, 2), False)])
+def test_channels_behind_the_pixels_are_warned_of(shape, is_warned_of):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = Dataset(**arrays(shape=shape))
+    assert [bool(re.search(r"images\.transpose\(0, 3, 1, 2\)$", str(warning.message)))
+            for warning in caught] == [True] * is_warned_of
+    if is_warned_of:  # as it says
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            moved = [images.transpose(0, 3, 1, 2) for images in (data.train_images, data.test_images)]
+            Dataset(moved[0], data.train_labels, moved[1], data.test_labels, 3)
 
 
 def test_subset_draws_pairs_without_replacement():
@@ -200,321 +277,13 @@ def test_digits_refuse_bad_options(options, words):
         datasets.load_digits(**options)
 
 
-# ---- IDX files ----
-
-
-@pytest.mark.parametrize("pack", [bytes, gzip.compress])
-@pytest.mark.parametrize("shape", [(7,), (3, 4), (2, 3, 4)])
-def test_read_idx_returns_what_was_written(tmp_path, shape, pack):
-    array = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape) + 200
-    (tmp_path / "a").write_bytes(pack(idx_bytes(array)))
-    result = datasets.read_idx(tmp_path / "a", expected_shape=shape, max_bytes=array.size)
-    assert result.dtype == np.uint8 and np.array_equal(result, array)
-
-
-IMAGES = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-HUGE = (2**31 - 1, 2**31 - 1, 2**31 - 1)
-
-
-@pytest.mark.parametrize("content, words", [
-    (b"", "cut short.*after 0 bytes"),
-    (b"\0\0\x08", "cut short.*after 3 bytes"),
-    (idx_bytes(IMAGES)[:11], "cut short.*after 11 bytes"),
-    (idx_bytes(IMAGES)[:-1], "cut short: 23 bytes.*24"),
-    (idx_bytes(IMAGES)[:16], "cut short: 0 bytes.*24"),
-    (idx_bytes(IMAGES) + b"\0", "more bytes follow the 24"),
-    (idx_bytes(IMAGES, magic=b"\x80\x04\x95\x03"), "not an IDX file.*80 04 95 03"),
-    (b"<html>404</html>", "not an IDX file"),
-    (idx_bytes(IMAGES, magic=b"\0\0\x0d\x03"), "type code is 0x0d, expected 0x08"),
-    (idx_bytes(IMAGES, shape=(2, -3, -4)), r"\(2, -3, -4\)"),
-    (idx_bytes(IMAGES, shape=(0, 3, 4)), r"\(0, 3, 4\)"),
-    (idx_bytes(IMAGES, shape=HUGE), "2147483647, 2147483647, 2147483647.*over max_bytes=268435456"),
-    (idx_bytes(IMAGES, shape=(2**14, 2**14)), "cut short: 24 bytes"),  # as large as is allowed
-    (b"\0\0\x08\0", "0 dimensions"),
-    (idx_bytes(IMAGES, shape=(1,) * 9), "9 dimensions"),
-    (b"\0\0\x08\xff", "cut short"),
-])
-@pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_bad_idx_files_are_refused_by_name_and_reason_and_in_little_memory(tmp_path, content, words, pack):
-    path = tmp_path / "train-images-idx3-ubyte"
-    path.write_bytes(pack(content))
-    tracemalloc.start()
-    try:
-        with pytest.raises(ValueError, match="train-images-idx3-ubyte: .*" + words):
-            datasets.read_idx(path)
-        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
-    finally:
-        tracemalloc.stop()
-
-
-@pytest.mark.parametrize("damage", [
-    lambda packed: packed[:-12],  # cut short
-    lambda packed: packed[:12] + bytes([packed[12] ^ 0xFF]) + packed[13:],
-    lambda packed: packed[:-6] + bytes([packed[-6] ^ 1]) + packed[-5:],  # the checksum inside gzip
-    lambda packed: packed + b"garbage",
-])
-def test_damaged_gzip_files_are_refused(tmp_path, damage):
-    (tmp_path / "a.gz").write_bytes(damage(gzip.compress(idx_bytes(IMAGES))))
-    with pytest.raises(ValueError, match="a.gz: damaged or cut short gzip file"):
-        datasets.read_idx(tmp_path / "a.gz")
-
-
-def test_a_gzip_bomb_is_not_unpacked(tmp_path):
-    (tmp_path / "bomb.gz").write_bytes(gzip.compress(idx_bytes(IMAGES) + bytes(64 * 2**20)))
-    tracemalloc.start()
-    try:
-        with pytest.raises(ValueError, match="bomb.gz: more bytes follow the 24"):
-            datasets.read_idx(tmp_path / "bomb.gz")
-        assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
-    finally:
-        tracemalloc.stop()
-
-
-def test_read_idx_expects_the_shape_it_is_told(tmp_path):
-    (tmp_path / "a").write_bytes(idx_bytes(IMAGES))
-    with pytest.raises(ValueError, match=r"shape \(2, 3, 4\), expected \(2,\): is it another file"):
-        datasets.read_idx(tmp_path / "a", expected_shape=(2,))
-
-
-# ---- MNIST ----
-
-
-@pytest.fixture
-def tiny(monkeypatch, tmp_path):
-    """Make the loader expect four tiny files; return their contents, and stand where there is no data/."""
-    rng = np.random.default_rng(0)
-    shapes = ((5, 28, 28), (5,), (3, 28, 28), (3,))
-    values = [rng.integers(0, 256 if len(shape) == 3 else 10, shape, dtype=np.uint8) for shape in shapes]
-    values[0][0, 0, :2] = 0, 255
-    contents = dict(zip(datasets.MNIST_FILES, map(idx_bytes, values), strict=True))
-    table = {name: (value.shape, hashlib.sha256(contents[name]).hexdigest())
-             for name, value in zip(contents, values, strict=True)}
-    monkeypatch.setattr(datasets, "MNIST_FILES", table)
-    monkeypatch.delenv("RSO_NUMBA_DATA", raising=False)
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-
-    def no_download(*args, **kwargs):
-        raise AssertionError("a download was tried")
-
-    monkeypatch.setattr(sklearn.datasets, "fetch_openml", no_download)
-    return types.SimpleNamespace(contents=contents, values=values)
-
-
-def put(contents, folder, end="", pack=bytes):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        (folder / (name + end)).write_bytes(pack(content))
-
-
-def check_tiny(data, values):
-    assert data.name == "mnist" and data.n_classes == 10 and data.image_shape == (1, 28, 28)
-    assert data.train_images.dtype == np.float32
-    assert data.train_images[0, 0, 0, :2].tolist() == [0.0, 1.0]
-    for images, value in ((data.train_images, values[0]), (data.test_images, values[2])):
-        assert np.array_equal(images[:, 0], value.astype(np.float32) / np.float32(255))
-    assert data.train_labels.tolist() == values[1].tolist()
-    assert data.test_labels.tolist() == values[3].tolist()
-
-
-@pytest.mark.parametrize("end, pack", [("", bytes), (".gz", gzip.compress), (".gz", bytes)])
-@pytest.mark.parametrize("subfolder", ["", "mnist"])
-def test_mnist_files_are_read_from_data_home(tiny, tmp_path, subfolder, end, pack):
-    put(tiny.contents, tmp_path / "home" / subfolder, end, pack)
-    check_tiny(datasets.load_mnist(tmp_path / "home"), tiny.values)
-    check_tiny(datasets.load_mnist(str(tmp_path / "home")), tiny.values)
-
-
-def test_mnist_files_are_read_from_the_environment_variable(tiny, tmp_path, monkeypatch):
-    put(tiny.contents, tmp_path / "env" / "mnist")
-    monkeypatch.setenv("RSO_NUMBA_DATA", str(tmp_path / "env"))
-    check_tiny(datasets.load_mnist(), tiny.values)
-
-
-@pytest.mark.parametrize("subfolder", ["data", "data/mnist"])
-def test_mnist_files_are_read_from_the_current_directory(tiny, subfolder):
-    put(tiny.contents, Path(subfolder))
-    check_tiny(datasets.load_mnist(), tiny.values)
-
-
-def test_mnist_files_are_read_from_the_checkout(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "__file__", str(tmp_path / "checkout" / "rso_numba" / "datasets.py"))
-    put(tiny.contents, tmp_path / "checkout" / "data")
-    check_tiny(datasets.load_mnist(), tiny.values)
-
-
-def test_data_home_goes_before_the_environment_variable(tiny, tmp_path, monkeypatch):
-    put({name: b"" for name in tiny.contents}, tmp_path / "env")
-    put(tiny.contents, tmp_path / "home")
-    monkeypatch.setenv("RSO_NUMBA_DATA", str(tmp_path / "env"))
-    check_tiny(datasets.load_mnist(tmp_path / "home"), tiny.values)
-
-
-def test_an_incomplete_folder_is_named_with_what_it_lacks(tiny, tmp_path):
-    del tiny.contents["t10k-labels-idx1-ubyte"]
-    put(tiny.contents, tmp_path / "home" / "mnist")
-    with pytest.raises(FileNotFoundError, match="home.mnist lacks t10k-labels-idx1-ubyte "):
-        datasets.load_mnist(tmp_path / "home")
-
-
-@pytest.mark.parametrize("name", list(datasets.MNIST_FILES))
-def test_a_changed_byte_is_found_by_its_checksum(tiny, tmp_path, name):
-    content = bytearray(tiny.contents[name])
-    content[-1] ^= 1
-    put(tiny.contents | {name: content}, tmp_path)
-    expected = hashlib.sha256(tiny.contents[name]).hexdigest()
-    found = hashlib.sha256(content).hexdigest()
-    with pytest.raises(ValueError, match=f"{name}: .*SHA-256.* is {found}, expected {expected}; replace it"):
-        datasets.load_mnist(tmp_path)
-
-
-@pytest.mark.parametrize("change, words", [
-    (lambda images, labels: images, r"shape \(5, 28, 28\), expected \(5,\): is it another file"),
-    (lambda images, labels: labels[:-1], "cut short: 4 bytes"),
-    (lambda images, labels: labels + b"\0", "more bytes follow the 5"),
-    (lambda images, labels: b"\0\0\x0c\x01" + labels[4:], "type code is 0x0c"),
-])
-def test_structural_errors_are_reported_before_the_checksum(tiny, tmp_path, change, words):
-    labels = "train-labels-idx1-ubyte"
-    bad = change(tiny.contents["train-images-idx3-ubyte"], tiny.contents[labels])
-    put(tiny.contents | {labels: bad}, tmp_path)
-    with pytest.raises(ValueError, match=f"{labels}: .*{words}"):
-        datasets.load_mnist(tmp_path)
-
-
-def openml_bunch():
-    data = np.zeros((70000, 784))
-    data[np.arange(70000), np.arange(70000) % 784] = np.arange(70000) % 256
-    return types.SimpleNamespace(data=data, target=(np.arange(70000) % 7).astype(str).astype(object))
-
-
-def test_without_files_mnist_comes_from_openml(tiny, tmp_path, monkeypatch):
-    calls = []
-
-    def fetch_openml(*args, **kwargs):
-        calls.append((args, kwargs))
-        return openml_bunch()
-
-    monkeypatch.setattr(sklearn.datasets, "fetch_openml", fetch_openml)
-    data = datasets.load_mnist(tmp_path / "home")
-    (args, kwargs), = calls
-    assert args == ("mnist_784",) and kwargs["version"] == 1 and kwargs["as_frame"] is False
-    assert kwargs["data_home"] == str(tmp_path / "home")
-    assert kwargs["parser"] == "liac-arff"  # "auto" and "pandas" need pandas
-    assert data.train_images.shape == (60000, 1, 28, 28) and data.test_images.shape == (10000, 1, 28, 28)
-    assert data.train_images.dtype == np.float32 and data.train_labels.dtype == np.int64
-    numbers = np.arange(70000)
-    images = np.concatenate([data.train_images, data.test_images]).reshape(70000, 784)
-    np.testing.assert_allclose(images[numbers, numbers % 784], numbers % 256 / 255, rtol=1e-6)
-    assert np.array_equal(np.concatenate([data.train_labels, data.test_labels]), numbers % 7)
-
-
-@pytest.mark.parametrize("place, expected", [("", None), ("data", "data")])
-def test_a_download_goes_to_the_data_folder_where_there_is_one(tiny, tmp_path, monkeypatch, place, expected):
-    monkeypatch.setattr(datasets, "__file__", str(tmp_path / "site-packages" / "rso_numba" / "datasets.py"))
-    Path(place).mkdir(exist_ok=True)
-    homes = []
-
-    def fetch_openml(*args, data_home, **kwargs):
-        homes.append(data_home)
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(sklearn.datasets, "fetch_openml", fetch_openml)
-    with pytest.raises(FileNotFoundError):
-        datasets.load_mnist()
-    assert homes == [expected and str(Path(expected).resolve())]
-
-
-def spoil_shape(bunch):
-    bunch.data = bunch.data[:-1]
-
-
-def spoil_target(bunch):
-    bunch.target = bunch.target[:-1]
-
-
-def spoil_label(bunch):
-    bunch.target[5] = "A"
-
-
-def spoil_pixel(value):
-    def spoil(bunch):
-        bunch.data[7, 8] = value
-    return spoil
-
-
-@pytest.mark.parametrize("spoil, words", [
-    (spoil_shape, r"data \(69999, 784\)"), (spoil_target, r"target \(69999,\)"),
-    (spoil_label, "labels .*'A'"),
-    (spoil_pixel(256), "pixels"), (spoil_pixel(-1), "pixels"), (spoil_pixel(0.5), "pixels"),
-    (spoil_pixel(np.nan), "pixels"),
-])
-def test_what_openml_sends_is_checked(tiny, tmp_path, monkeypatch, spoil, words):
-    bunch = openml_bunch()
-    spoil(bunch)
-    monkeypatch.setattr(sklearn.datasets, "fetch_openml", lambda *args, **kwargs: bunch)
-    with pytest.raises(ValueError, match=f"OpenML sent MNIST .*{words}.*; delete the folder openml in"):
-        datasets.load_mnist(tmp_path)
-
-
-def test_offline_and_without_files_the_error_says_what_to_put_where(tiny, tmp_path, monkeypatch):
-    error = urllib.error.URLError("name resolution failed")
-
-    def fetch_openml(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(sklearn.datasets, "fetch_openml", fetch_openml)
-    with pytest.raises(FileNotFoundError) as caught:
-        datasets.load_mnist(tmp_path / "home")
-    assert caught.value.__cause__ is error
-    message = str(caught.value)
-    for words in (*datasets.MNIST_FILES, f"{tmp_path / 'home'}\n", f"{tmp_path / 'home' / 'mnist'}\n",
-                  "RSO_NUMBA_DATA", "name resolution failed", "load_digits"):
-        assert words in message
-    with pytest.raises(FileNotFoundError) as caught:
-        datasets.load_mnist()
-    assert str(tmp_path / "empty" / "data" / "mnist") + "\n" in str(caught.value)
-
-
-@pytest.mark.filterwarnings("ignore:A network error occurred")
-def test_scikit_learn_itself_offline_gives_the_same_error(monkeypatch, tmp_path):
-    def urlopen(*args, **kwargs):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr("sklearn.datasets._openml.urlopen", urlopen)
-    with pytest.raises(FileNotFoundError, match="no network"):
-        datasets.load_mnist(tmp_path)
-
-
-def real_mnist_folder():
-    root = Path(os.environ.get("RSO_NUMBA_DATA", "data"))
-    for folder in (root, root / "mnist"):
-        if all(list(folder.glob(name + "*")) for name in datasets.MNIST_FILES):
-            return folder
-    return None
-
-
-@pytest.mark.skipif(real_mnist_folder() is None, reason="needs the four MNIST files in $RSO_NUMBA_DATA")
-def test_real_mnist():
-    data = datasets.load_mnist(real_mnist_folder())
-    assert data.train_images.shape == (60000, 1, 28, 28) and data.test_images.shape == (10000, 1, 28, 28)
-    assert data.train_labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
-    assert data.test_labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
-    counts = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-    assert np.bincount(data.train_labels).tolist() == counts
-    assert data.train_images.mean(dtype=np.float64) == pytest.approx(0.1306605, abs=1e-6)
-    assert data.train_images.min() == 0 and data.train_images.max() == 1
-
-
 # ---- load ----
 
 
-def test_load_by_name(tiny, tmp_path):
+def test_load_by_name(tmp_path):
     assert datasets.load("digits").image_shape == (1, 8, 8)
     assert datasets.load("digits28", data_home=tmp_path, test_fraction=0.5).image_shape == (1, 28, 28)
     assert len(datasets.load("digits28", test_fraction=0.5).test_images) == 899
-    put(tiny.contents, tmp_path)
-    check_tiny(datasets.load("mnist", tmp_path), tiny.values)
 
 
 def test_load_refuses_unknown_names_and_options():

@@ -195,6 +195,9 @@ def test_a_damaged_file_is_refused(tmp_path, damage):
 def test_files_that_cannot_be(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Network.load(tmp_path / "nowhere.npz")
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises((IsADirectoryError, PermissionError), match="folder"):  # not "damaged"
+        Network.load(tmp_path / "folder.npz")
     with pytest.raises(ValueError, match=r"network\.txt does not end in \.npz"):
         build("one_conv").save(tmp_path / "network.txt")
 
