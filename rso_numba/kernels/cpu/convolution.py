@@ -12,14 +12,14 @@ from numba import prange
 from ..compiling import formula, kernel, parallel_kernel
 from .activations import computed
 from .fusion import deferred, load_padded, pooled_shape
-from .lanes import LANES, broadcast, first_lanes, load, multiply_add, store_fence, sum_lanes
+from .lanes import LANES, WIDE, broadcast, first_lanes, load, multiply_add, store_fence, sum_lanes
 from .layout import add_blocks
 from .memory import block_range, empty, n_threads_of, scratch, workspace_of, workspaces
 from .norms import around_means, count_pixels, deviations, mean_and_variance
 from .tiles import (
     CHANNELS,
     PIXELS,
-    eight_pairs,
+    bias_tile,
     load_pair,
     load_tile,
     padded_workspace,
@@ -30,7 +30,7 @@ from .tiles import (
     side_by_side,
     store_tile,
 )
-from .winograd import pays, winograd_blocks, winograd_workspace
+from .winograd import AT_ONCE, pays, winograd_blocks, winograd_workspace
 
 NONTEMPORAL_BYTES = 2**23  # larger outputs are written past the caches
 
@@ -85,9 +85,11 @@ def conv2d_fused(z, epilogue, weight, bias, n_images, start=None, stride=1, y=No
     if y is None:
         y = empty((len(z), len(weight), shape[1] // stride, shape[2] // stride, LANES), z.dtype)
     statistics = np.empty((2, 0 if n_images is None else len(z), len(weight)))
-    filters, nontemporal = side_by_side(weight, bias), y.nbytes > NONTEMPORAL_BYTES
+    by_winograd = not (started or stride > 1 or exact_zeros) and pays(weight, shape)
+    filters = side_by_side(weight, bias, AT_ONCE if by_winograd else CHANNELS)
     sums = workspaces("sums", (len(filters.bias), 3, LANES), z.dtype)
-    if not (started or stride > 1 or exact_zeros) and pays(weight, shape):
+    nontemporal = y.nbytes > NONTEMPORAL_BYTES
+    if by_winograd:
         workspace = winograd_workspace(shape, filters, sums)
         winograd_blocks(z, epilogue, filters, nontemporal, n_images or 0, y, statistics, workspace)
     else:
@@ -164,29 +166,43 @@ def inside(p, first, width, stride, columns):
 
 @formula
 def conv2d_tile(flat, b, t, ahead, at, columns, filters, started, o, pixels):
-    """Return output channels o to o + 7 of two pixels, a tile.
+    """Return the output channels from o on of two pixels, a tile.
 
-    These are 16 sums, so that 2 pixels and 8 weights read from memory serve 16 multiplications.
+    With 8 channels these are 16 sums: 2 pixels and 8 weights read from memory serve 16 multiplications.
     """
     # flat.x (n_workspaces, C_in, rows * columns, LANES), flat.start (n_blocks, C_out, n_pixels, LANES)
-    weight, bias = filters.weight, filters.bias
-    y = eight_pairs(bias[o], bias[o + 1], bias[o + 2], bias[o + 3],
-                    bias[o + 4], bias[o + 5], bias[o + 6], bias[o + 7])
+    weight, y = filters.weight, bias_tile(filters.bias, o)
     if started:
         y = load_tile(flat.start, b, o, pixels)
         prefetch_tile(flat.start, ahead, o, pixels)
+    if weight.shape[1] == 3:  # a constant, for loops that can be unrolled
+        return plus_taps(flat.x, t, at, columns, weight, o, 3, y)
+    return plus_taps(flat.x, t, at, columns, weight, o, weight.shape[1], y)
+
+
+@formula
+def plus_taps(x, t, at, columns, weight, o, size, y):
+    """Return a tile plus all weights times the pixels that they see."""
+    # x (n_workspaces, C_in, rows * columns, LANES), weight (C_in, size, size, C)
     for i in range(weight.shape[0]):
-        for kh in range(weight.shape[1]):
-            for kw in range(weight.shape[2]):
+        for kh in range(size):
+            for kw in range(size):
                 tap = kh * columns + kw
-                x = load_pair(flat.x, t, i, (at[0] + tap, at[1] + tap))
-                y = plus_products(weight, (i, kh, kw), o, x, y)
+                pair = load_pair(x, t, i, (at[0] + tap, at[1] + tap))
+                y = plus_products(weight, (i, kh, kw), o, pair, y)
     return y
 
 
 @formula
-def count_tile(sums, t, o, is_first, counts, tile):
+def count_two(sums, t, o, is_first, counts, tile):
     """Add a tile to the sums of its channels: see `count_pixels`."""
+    count_pixels(sums, t, o, is_first, counts, tile[0])
+    count_pixels(sums, t, o + 1, is_first, counts, tile[1])
+
+
+@formula
+def count_eight(sums, t, o, is_first, counts, tile):
+    """Add the same for a tile of 8 channels."""
     count_pixels(sums, t, o, is_first, counts, tile[0])
     count_pixels(sums, t, o + 1, is_first, counts, tile[1])
     count_pixels(sums, t, o + 2, is_first, counts, tile[2])
@@ -195,6 +211,9 @@ def count_tile(sums, t, o, is_first, counts, tile):
     count_pixels(sums, t, o + 5, is_first, counts, tile[5])
     count_pixels(sums, t, o + 6, is_first, counts, tile[6])
     count_pixels(sums, t, o + 7, is_first, counts, tile[7])
+
+
+count_tile = count_eight if WIDE else count_two
 
 
 def conv2d_backward(x, weight, dy, wants_dx=True):

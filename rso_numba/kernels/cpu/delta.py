@@ -14,6 +14,7 @@ from ..compiling import formula, kernel, parallel_kernel
 from .fusion import deferred, load_padded, pooled_shape
 from .lanes import (
     LANES,
+    WIDE,
     add,
     broadcast,
     first_lanes,
@@ -29,6 +30,7 @@ from .tiles import padded_workspace
 
 ZERO = np.float32(0)
 ONE = np.float32(1)
+TILE = 8 if WIDE else 4  # pixels whose sums stay in registers, see `tiles.py`
 
 Channel = namedtuple("Channel", "maps k")  # channel k of maps (n_blocks, C, h, w, LANES)
 Filter = namedtuple("Filter", "weight bias is_used")  # of one output channel, see `filter_share`
@@ -86,7 +88,7 @@ def channel_direction(x, taps, amounts, size, step, z=None, k=0, mean=None, n_im
         direction = empty((len(x), 1, height // step, width // step, LANES), x.dtype)
     sums = np.empty((3, 0 if mean is None else len(x)))
     weight = np.zeros((n_channels, size + step - 1, size + step - 1), x.dtype)
-    width = direction.shape[3] + -direction.shape[3] % 8
+    width = direction.shape[3] + -direction.shape[3] % TILE
     padded = padded_workspace((1, height, step * width), weight.shape[1], step, x.dtype, strips=False)
     workspace = Workspace(padded, workspaces("tiles", (direction.shape[2], width, LANES), x.dtype))
     out, z = Channel(direction, k_out), Channel(direction if z is None else z, k)
@@ -141,7 +143,7 @@ def filter_block(x, b, ahead, epilogue, taken, step, workspace, t):
                 for row in range(step * h, step * h + step):
                     for w in range(x.shape[3]):
                         prefetch(x, (ahead, c, row, w))
-                for w in range(0, tiles.shape[2], 8):
+                for w in range(0, tiles.shape[2], TILE):
                     if size == 3 and step == 1:  # constants, for loops that can be unrolled
                         filter_tile(padded, t, weight, c, tiles, h, w, 3, 1)
                     elif size == 4 and step == 2:
@@ -166,8 +168,27 @@ def add_taps(taps, amounts, step, weight):
 
 
 @formula
-def filter_tile(x, t, weight, c, y, h, w, size, step):
-    """Add the correlation of x[t], padded, with filter c to eight pixels of a row of y[t], as many sums."""
+def filter_four(x, t, weight, c, y, h, w, size, step):
+    """Add the correlation of x[t], padded, with filter c to four pixels of a row of y[t], as many sums."""
+    # x (n_workspaces, 1, rows, columns, LANES), weight (C_in, size, size), y (n_workspaces, h, w, LANES)
+    a0, a1, a2 = load(y, (t, h, w)), load(y, (t, h, w + 1)), load(y, (t, h, w + 2))
+    a3 = load(y, (t, h, w + 3))
+    for i in range(size):
+        for j in range(size):
+            amount, row, column = weight[c, i, j], step * h + i, step * w + j
+            a0 = multiply_add(amount, load(x, (t, 0, row, column)), a0)
+            a1 = multiply_add(amount, load(x, (t, 0, row, column + step)), a1)
+            a2 = multiply_add(amount, load(x, (t, 0, row, column + 2 * step)), a2)
+            a3 = multiply_add(amount, load(x, (t, 0, row, column + 3 * step)), a3)
+    store(y, (t, h, w), a0)
+    store(y, (t, h, w + 1), a1)
+    store(y, (t, h, w + 2), a2)
+    store(y, (t, h, w + 3), a3)
+
+
+@formula
+def filter_eight(x, t, weight, c, y, h, w, size, step):
+    """Add the same to eight pixels."""
     # x (n_workspaces, 1, rows, columns, LANES), weight (C_in, size, size), y (n_workspaces, h, w, LANES)
     a0, a1, a2 = load(y, (t, h, w)), load(y, (t, h, w + 1)), load(y, (t, h, w + 2))
     a3, a4, a5 = load(y, (t, h, w + 3)), load(y, (t, h, w + 4)), load(y, (t, h, w + 5))
@@ -191,6 +212,9 @@ def filter_tile(x, t, weight, c, y, h, w, size, step):
     store(y, (t, h, w + 5), a5)
     store(y, (t, h, w + 6), a6)
     store(y, (t, h, w + 7), a7)
+
+
+filter_tile = filter_eight if WIDE else filter_four
 
 
 @kernel

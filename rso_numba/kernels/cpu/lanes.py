@@ -8,12 +8,15 @@ AVX-512 or two of AVX2. A position names all axes of an array but the last, whic
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
+from llvmlite import binding, ir
+from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
+# Whether 16 values of type Lanes fit into the registers: AVX-512 has 32 of 16 float32, AVX2 16 of 8, NEON 32
+# of 4. (NUMBA_CPU_FEATURES says what to compile for, if not for this machine.)
+WIDE = "+avx512f" in (config.CPU_FEATURES or binding.get_host_cpu_features().flatten())
 
 
 class Lanes(types.Type):

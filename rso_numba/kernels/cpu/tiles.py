@@ -1,8 +1,8 @@
 """Tiles: a few outputs whose sums stay in registers until they are complete.
 
 Then each number that is read from memory serves several multiplications. A tile of a convolution has CHANNELS
-output channels of PIXELS pixels: a tuple of 8 pairs of Lanes. A tile that hangs over the edge computes its
-last channel or pixel again.
+output channels of PIXELS pixels: a tuple of pairs of Lanes, 8 or 2 of them, as the registers are WIDE or not.
+A tile that hangs over the edge computes its last channel or pixel again.
 """
 
 from collections import namedtuple
@@ -10,22 +10,23 @@ from collections import namedtuple
 import numpy as np
 
 from ..compiling import formula
-from .lanes import LANES, broadcast, load, multiply_add, prefetch, store, store_nontemporal
+from .lanes import LANES, WIDE, broadcast, load, multiply_add, prefetch, store, store_nontemporal
 from .memory import workspaces
 
-CHANNELS, PIXELS = 8, 2  # of a tile of the convolution
+CHANNELS, PIXELS = 8 if WIDE else 2, 2  # of a tile of the convolution
 STRIP = 450_000  # bytes of padded input that one thread works on at once: a part of its second-level cache
 
 Filters = namedtuple("Filters", "weight bias")
 
 
-def side_by_side(weight, bias):
+def side_by_side(weight, bias, multiple=CHANNELS):
     """Return weight (C_out, C_in, k, k) and bias (C_out,) as Filters, (C_in, k, k, C) and (C,).
 
-    The output channels that a tile needs are neighbours; copies of the last one make the last tile whole.
+    The output channels that a tile needs are neighbours; copies of the last one make C a multiple, and the
+    last tile whole.
     """
-    if len(weight) % CHANNELS:
-        channels = np.minimum(np.arange(len(weight) + -len(weight) % CHANNELS), len(weight) - 1)
+    if len(weight) % multiple:
+        channels = np.minimum(np.arange(len(weight) + -len(weight) % multiple), len(weight) - 1)
         weight, bias = weight[channels], bias[channels]
     return Filters(np.ascontiguousarray(weight.transpose(1, 2, 3, 0)), np.ascontiguousarray(bias))
 
@@ -61,8 +62,14 @@ def prefetch_part(pixels, b, part, size):
 
 
 @formula
-def plus_products(weight, at, o, x, y):
+def two_products(weight, at, o, x, y):
     """Return y + weight[at] (C,), from o on, times x: a tile of pairs, of x a pair."""
+    return plus(weight[(*at, o)], x, y[0]), plus(weight[(*at, o + 1)], x, y[1])
+
+
+@formula
+def eight_products(weight, at, o, x, y):
+    """Return the same for a tile of 8 channels."""
     return (plus(weight[(*at, o)], x, y[0]), plus(weight[(*at, o + 1)], x, y[1]),
             plus(weight[(*at, o + 2)], x, y[2]), plus(weight[(*at, o + 3)], x, y[3]),
             plus(weight[(*at, o + 4)], x, y[4]), plus(weight[(*at, o + 5)], x, y[5]),
@@ -76,21 +83,33 @@ def plus(weight, x, totals):
 
 
 @formula
-def eight_pairs(n0, n1, n2, n3, n4, n5, n6, n7):
-    """Return a tile, each number twice."""
-    return (twice(broadcast(n0)), twice(broadcast(n1)), twice(broadcast(n2)), twice(broadcast(n3)),
-            twice(broadcast(n4)), twice(broadcast(n5)), twice(broadcast(n6)), twice(broadcast(n7)))
+def two_pairs(numbers, o):
+    """Return a tile, each of the numbers (C,) from o on twice."""
+    return twice(numbers[o]), twice(numbers[o + 1])
 
 
 @formula
-def twice(value):
-    """Return a pair of the same."""
-    return value, value
+def eight_pairs(numbers, o):
+    """Return the same for a tile of 8 channels."""
+    return (twice(numbers[o]), twice(numbers[o + 1]), twice(numbers[o + 2]), twice(numbers[o + 3]),
+            twice(numbers[o + 4]), twice(numbers[o + 5]), twice(numbers[o + 6]), twice(numbers[o + 7]))
 
 
 @formula
-def load_tile(x, n, o, pixels):
-    """Return two pixels of channels o to o + 7 of x[n], the last one again if there are too few."""
+def twice(number):
+    """Return a pair of the same, in all lanes."""
+    return broadcast(number), broadcast(number)
+
+
+@formula
+def load_two(x, n, o, pixels):
+    """Return two pixels of the channels from o on of x[n], the last one again if there are too few."""
+    return load_pair(x, n, o, pixels), load_pair(x, n, min(o + 1, x.shape[1] - 1), pixels)
+
+
+@formula
+def load_eight(x, n, o, pixels):
+    """Return the same for a tile of 8 channels."""
     last = x.shape[1] - 1
     return (load_pair(x, n, o, pixels), load_pair(x, n, min(o + 1, last), pixels),
             load_pair(x, n, min(o + 2, last), pixels), load_pair(x, n, min(o + 3, last), pixels),
@@ -113,8 +132,16 @@ def prefetch_tile(x, n, o, pixels):
 
 
 @formula
-def store_tile(y, n, o, pixels, nontemporal, values):
-    """Store two pixels of channels o to o + 7 in y[n], of those that it has."""
+def store_two(y, n, o, pixels, nontemporal, values):
+    """Store two pixels of the channels from o on in y[n], of those that it has."""
+    store_pair(y, n, o, pixels, nontemporal, values[0])
+    if o + 1 < y.shape[1]:
+        store_pair(y, n, o + 1, pixels, nontemporal, values[1])
+
+
+@formula
+def store_eight(y, n, o, pixels, nontemporal, values):
+    """Store the same of a tile of 8 channels."""
     n_channels = y.shape[1] - o
     store_pair(y, n, o, pixels, nontemporal, values[0])
     if n_channels > 1:
@@ -142,3 +169,9 @@ def store_pair(y, n, c, pixels, nontemporal, values):
     else:
         store(y, (n, c, pixels[0]), values[0])
         store(y, (n, c, pixels[1]), values[1])
+
+
+plus_products = eight_products if WIDE else two_products
+bias_tile = eight_pairs if WIDE else two_pairs
+load_tile = load_eight if WIDE else load_two
+store_tile = store_eight if WIDE else store_two

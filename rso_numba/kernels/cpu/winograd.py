@@ -45,7 +45,7 @@ from .norms import around_means, count_pixels
 from .tiles import (
     CHANNELS,
     PIXELS,
-    eight_pairs,
+    bias_tile,
     load_pair,
     padded_workspace,
     plus_products,
@@ -58,6 +58,7 @@ from .tiles import (
 Workspace = namedtuple("Workspace", "filters_at padded points products sums")
 
 SIDE, POINTS = 4, 36  # outputs of a tile are SIDE x SIDE
+AT_ONCE = 8  # output channels that are made of the values at the points
 P, Q = 2 / 3, 3 / 2  # points, with P Q = 1; the others are -P, -Q, 0 and infinity
 P2, P3, Q2, Q3, PQ = P**2, P**3, Q**2, Q**3, P**2 + Q**2
 
@@ -90,7 +91,7 @@ def winograd_workspace(shape, filters, sums):
     # the number of channels is odd, for what lies apart by a power of two competes for places in the cache
     arrays = (workspaces("filters", (POINTS, n_in, n_out), sums.dtype),
               workspaces("points", (POINTS, n_in | 1, PIXELS, LANES), sums.dtype),
-              workspaces("products", (POINTS, CHANNELS + 1, PIXELS, LANES), sums.dtype))
+              workspaces("products", (POINTS, AT_ONCE + 1, PIXELS, LANES), sums.dtype))
     filters_at, points, products = (array.reshape(-1, *array.shape[2:]) for array in arrays)
     padded = padded_workspace(whole_tiles, SIDE + 2, SIDE, sums.dtype)
     return Workspace(filters_at, padded, points, products, sums)
@@ -116,7 +117,7 @@ def winograd_share(t, z, z_flat, epilogue, filters, nontemporal, n_images, y, st
     filters_at_points(filters.weight, G, t, filters_at)  # each thread for itself: they are soon made
     height, width = -(-y.shape[2] // SIDE), -(-y.shape[3] // SIDE)  # in tiles
     n_rows, n_channels = (padded.shape[2] - 2) // SIDE, filters_at.shape[2]
-    n_parts = POINTS * max(1, height * width // PIXELS) * n_channels // CHANNELS
+    n_parts = POINTS * max(1, height * width // PIXELS) * n_channels // AT_ONCE
     start, stop = block_range(t, len(padded), len(z))
     for b in range(start, stop):
         n_lanes = min(n_images - b * LANES, LANES) if statistics.shape[1] > 0 else 0  # 0: nobody counts
@@ -127,7 +128,7 @@ def winograd_share(t, z, z_flat, epilogue, filters, nontemporal, n_images, y, st
             for tile in range(0, n_tiles, PIXELS):
                 here, other = divmod(tile, width), divmod(min(tile + 1, n_tiles - 1), width)
                 inputs_to_points(padded, t, here, other, points)
-                for o in range(0, n_channels, CHANNELS):
+                for o in range(0, n_channels, AT_ONCE):
                     products_at_points(points, filters_at, o, t, products, z_flat, ahead, part, part_size)
                     part += POINTS
                     points_to_outputs(products, t)
@@ -258,13 +259,15 @@ def products_at_points(points, filters_at, o, t, products, z_flat, ahead, part, 
     # products (n_workspaces * 36, 8, 2, LANES)
     # A matrix product at each point, by tiles as in `conv2d_tile`: of output channels o to o + 7
     zero = filters_at.dtype.type(0)
+    zeros = zero, zero, zero, zero, zero, zero, zero, zero
     for p in range(POINTS * t, POINTS * t + POINTS):
         prefetch_part(z_flat, ahead, part, part_size)
         part += 1
-        y = eight_pairs(zero, zero, zero, zero, zero, zero, zero, zero)
-        for i in range(filters_at.shape[1]):
-            y = plus_products(filters_at, (p, i), o, load_pair(points, p, i, (0, 1)), y)
-        store_tile(products, p, 0, (0, 1), False, y)
+        for c in range(0, AT_ONCE, CHANNELS):
+            y = bias_tile(zeros, 0)
+            for i in range(filters_at.shape[1]):
+                y = plus_products(filters_at, (p, i), o + c, load_pair(points, p, i, (0, 1)), y)
+            store_tile(products, p, c, (0, 1), False, y)
 
 
 @kernel
@@ -272,7 +275,7 @@ def points_to_outputs(products, t):
     # products (n_workspaces * 36, 8, 2, LANES)
     # The first 16 of the 36 become the outputs of a tile, row by row.
     p = POINTS * t
-    for c in range(CHANNELS):
+    for c in range(AT_ONCE):
         for j in range(PIXELS):
             v0 = outputs_from_points(six_points(products, p, c, j))
             v1 = outputs_from_points(six_points(products, p + 1, c, j))
@@ -314,7 +317,7 @@ def put_in_place(products, t, j, start, tile, first, bias, nontemporal, n_lanes,
     right = is_real if width > 2 else none, is_real if width > 3 else none
     for i in range(height):
         p = POINTS * t + SIDE * i
-        for o in range(start, min(start + CHANNELS, y.shape[1])):
+        for o in range(start, min(start + AT_ONCE, y.shape[1])):
             for k in range(width):
                 value = add(load(products, (p + k, o - start, j)), broadcast(bias[o]))
                 store(products, (p + k, o - start, j), value)
