@@ -1,8 +1,15 @@
 """Writing files so that nothing already saved is lost."""
 
 import os
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def make_folder(path):
+    """Make the folder `path`, if need be, and try to write there: better an error now than after the work."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()
 
 
 @contextmanager

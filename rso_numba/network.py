@@ -1,7 +1,9 @@
 """A network: a chain of layers that share one vector of weights."""
 
 import json
+import math
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from . import kernels, losses
+from .arguments import generator, whole_number
 from .datasets import check_images, check_labels
 from .files import written_beside
 from .layers import KINDS, BatchNorm, Standardize, chain_leaves, chain_output_shape
@@ -72,20 +75,20 @@ class Network:
 
     def __init__(self, layers, image_shape, n_classes, name="custom", dtype=np.float32):
         self.layers, self.name = list(layers), name
-        self.image_shape, self.n_classes = tuple(map(int, image_shape)), int(n_classes)
-        self.leaves, shapes = [], []
-        shape = _checked_image_shape(self.image_shape)
+        self.image_shape = _checked_image_shape(image_shape)
+        self.n_classes = whole_number(n_classes, "n_classes")
+        self.leaves, shapes, shape, counted = [], [], self.image_shape, Counter()
         for leaf, leaf_shape in chain_leaves(self.layers, shape):
             kind = "shortcut_" * leaf.in_shortcut + type(leaf).__name__.removesuffix("2D").lower()
-            n_before = sum(other.name.rstrip("0123456789") == kind for other in self.leaves)
-            leaf.name = f"{kind}{n_before + 1}"
+            counted[kind] += 1
+            leaf.name = f"{kind}{counted[kind]}"
             leaf.allocate_buffers(leaf_shape)
             self.leaves.append(leaf)
             shapes += [(leaf, *item) for item in leaf.parameter_shapes(leaf_shape).items()]
         shape = chain_output_shape(self.layers, shape)
         if shape != (self.n_classes,):
             raise ValueError(f"the last layer gives {shape} numbers an image; expected ({self.n_classes},)")
-        self.weights = np.zeros(sum(int(np.prod(s)) for _, _, s in shapes), dtype)
+        self.weights = np.zeros(sum(math.prod(s) for _, _, s in shapes), dtype)
         self._parameters, start = [], 0
         for leaf, parameter_name, parameter_shape in shapes:
             stop = start + int(np.prod(parameter_shape))
@@ -129,7 +132,7 @@ class Network:
             See `presets.Preset`.
         rng : None, int or Generator
         """
-        rng = np.random.default_rng(rng)
+        rng = generator(rng)
         in_shortcut = {leaf.name for leaf in self.leaves if leaf.in_shortcut}
         for parameter in self._parameters:
             if parameter.name == "weight":
@@ -311,6 +314,8 @@ def _layer(description):
 
 
 def _checked_image_shape(shape):
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"image_shape is {shape}; expected three positive numbers (channels, height, width)")
-    return shape
+    sizes = tuple(shape) if np.iterable(shape) else ()
+    if len(sizes) != 3:
+        raise ValueError(f"image_shape is {shape!r}; expected three positive whole numbers: (channels, "
+                         "height, width)")
+    return tuple(whole_number(size, f"image_shape[{i}]") for i, size in enumerate(sizes))
