@@ -2,7 +2,6 @@
 
 import json
 import math
-import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +12,11 @@ import numpy as np
 from . import kernels, losses
 from .arguments import generator, whole_number
 from .datasets import check_images, check_labels
-from .files import written_beside
+from .files import read_npz, written_beside
 from .layers import KINDS, BatchNorm, Standardize, chain_leaves, chain_output_shape
 from .passes import Pass
 
+FORMAT = 1  # of the files that networks are saved in
 FORWARD_IMAGES = 256  # that pass through the network at once: few enough for activations to stay in the cache
 
 
@@ -259,7 +259,7 @@ class Network:
     def save(self, path):
         """Write the network to `path` (.npz): weights, buffers and the description of its layers."""
         description = {
-            "format": 1,
+            "format": FORMAT,
             "name": self.name,
             "image_shape": self.image_shape,
             "n_classes": self.n_classes,
@@ -282,25 +282,35 @@ class Network:
         ValueError
             If the file is damaged or is not a saved network; the message says why.
         """
-        try:
-            with np.load(path, allow_pickle=False) as saved:
-                description = json.loads(str(saved["description"]))
-                layers = [_layer(arguments) for arguments in description["layers"]]
-                network = cls(
-                    layers, description["image_shape"], description["n_classes"], description["name"]
-                )
-                for name, array in network.state().items():
-                    if saved[name].shape != array.shape:
-                        raise ValueError(f"{name} has shape {saved[name].shape}; expected {array.shape}")
-                    array[...] = saved[name]
-        except FileNotFoundError:
-            raise
-        except (ValueError, TypeError, KeyError, OSError, EOFError, MemoryError, AttributeError,
-                zipfile.BadZipFile, zipfile.zlib.error) as error:
-            raise ValueError(
-                f"{path} is damaged or is not a network saved by Network.save ({error}); save it again"
-            ) from error
+        with open(path, "rb") as file:
+            try:
+                return cls._restored(read_npz(file))
+            except Exception as error:  # reading a damaged file raises nearly anything
+                raise ValueError(f"{path} is damaged or is not a network saved by Network.save "
+                                 f"({type(error).__name__}: {error}); save it again") from error
+
+    @classmethod
+    def _restored(cls, saved):
+        description = json.loads(str(saved["description"]))
+        if description["format"] != FORMAT:
+            raise ValueError(f"its format is {description['format']!r}; this rso_numba reads {FORMAT}")
+        layers = [_layer(arguments) for arguments in description["layers"]]
+        image_shape = _checked_image_shape(description["image_shape"])
+        # what the layers ask memory for has to be in the file
+        needed = sum(_n_numbers(*leaf) for leaf in chain_leaves(layers, image_shape))
+        if needed > sum(array.nbytes for array in saved.values()):
+            raise ValueError(f"its layers need {needed} numbers, which are not in it")
+        network = cls(layers, image_shape, description["n_classes"], str(description["name"]))
+        for name, array in network.state().items():
+            if saved[name].shape != array.shape:
+                raise ValueError(f"{name} has shape {saved[name].shape}; expected {array.shape}")
+            np.copyto(array, saved[name], casting="same_kind")
         return network
+
+
+def _n_numbers(leaf, shape):
+    """Return how many numbers the parameters and buffers of a layer hold, or a few more."""
+    return sum(map(math.prod, leaf.parameter_shapes(shape).values())) + len(leaf.buffer_names) * shape[0]
 
 
 def _layer(description):
