@@ -88,7 +88,8 @@ def parser():
         "compare", help="train a network by RSO and its twin by SGD, and draw both",
         description="Train a network by RSO, and its twin with the same initial weights by SGD. Print a "
         "table, and write a picture, both histories and both networks to a folder. Ctrl-C ends the training "
-        "early and keeps what was learnt.")
+        "early and keeps what was learnt. Exit status 1: all else is written, but the picture could not be "
+        "drawn, or the table not be printed.")
     run.set_defaults(command=compare)
 
     def names(choices):
