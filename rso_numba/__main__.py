@@ -10,11 +10,14 @@ import os
 import platform
 import shlex
 import sys
+import warnings
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from . import __version__, datasets, kernels, mnist, models, presets
-from .files import written_beside
+from .arguments import whole_number
+from .files import make_folder, written_beside
 
 # What suits each data set, where the command line says nothing else.
 DEFAULTS = {
@@ -36,17 +39,41 @@ def main(argv=None):
     Returns
     -------
     int
-        Exit status: 0, 2 after an error of the user, 130 after Ctrl-C.
+        Exit status: 0; 1 if all was computed and written, but a picture could not be drawn or the output not
+        be printed; 2 after an error of the user; 130 after Ctrl-C.
     """
     arguments = parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: _note(f"warning: {message}")
+        try:
+            return arguments.command(arguments)
+        except KeyboardInterrupt:
+            _note("interrupted; nothing more was written")
+            return 130
+        except (ValueError, TypeError, OSError, kernels.GpuError) as error:
+            _note(f"error: {error}")
+            return 2
+
+
+def _note(text):
+    """Print one line on stderr; where that cannot be, do without."""
+    with suppress(OSError, ValueError):
+        print("rso-numba:", " ".join(text.split()), file=sys.stderr, flush=True)
+
+
+def _show(text):
+    """Print `text`, return the exit status. What it says is in files already, so no failure is an error."""
     try:
-        return arguments.command(arguments)
-    except KeyboardInterrupt:
-        print("rso-numba: interrupted; nothing more was written", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, kernels.GpuError) as error:
-        print("rso-numba: error:", " ".join(str(error).split()), file=sys.stderr)  # on one line
-        return 2
+        print(text, flush=True)
+    except UnicodeEncodeError:  # a path, in a terminal that is told to be ASCII
+        return _show(text.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))
+    except OSError as error:
+        with suppress(OSError):  # or Python tries once more when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # whose reader has seen enough: `rso-numba info | head`
+            _note(f"warning: the output could not be printed ({error})")
+            return 1
+    return 0
 
 
 def parser():
@@ -61,7 +88,8 @@ def parser():
         "compare", help="train a network by RSO and its twin by SGD, and draw both",
         description="Train a network by RSO, and its twin with the same initial weights by SGD. Print a "
         "table, and write a picture, both histories and both networks to a folder. Ctrl-C ends the training "
-        "early and keeps what was learnt.")
+        "early and keeps what was learnt. Exit status 1: all else is written, but the picture could not be "
+        "drawn, or the table not be printed.")
     run.set_defaults(command=compare)
 
     def names(choices):
@@ -96,7 +124,7 @@ def parser():
     option("--backend", default="cpu", metavar="NAME",
            help=f"what computes, {names(kernels.BACKEND_CHOICES)} (default: %(default)s)")
     option("--threads", type=int, metavar="N", help="threads of the cpu backend (default: all cores)")
-    option("--out", default="rso-out", metavar="FOLDER",
+    option("--out", default="rso-out", metavar="FOLDER", type=os.path.expanduser,
            help="folder for the files, made if need be (default: %(default)s)")
     option("--no-progress", action="store_true", help="show no progress bars")
     _add_bench(commands)
@@ -126,7 +154,8 @@ def _add_bench(commands):
     option("--threads", type=int, metavar="N", help="threads of Numba and PyTorch (default: all cores)")
     option("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: %(default)s)")
     option("--quick", action="store_true", help="few images and trials: does it run? The figures mean little")
-    option("--out", default="rso-out/bench.json", metavar="FILE", help="JSON file (default: %(default)s)")
+    option("--out", default="rso-out/bench.json", metavar="FILE", type=os.path.expanduser,
+           help="JSON file (default: %(default)s)")
 
 
 def bench(arguments):
@@ -137,14 +166,18 @@ def bench(arguments):
     from . import bench_gpu
 
     kernels.backend(arguments.backend)  # says what a GPU lacks, if anything
+    whole_number(arguments.seed, "seed", 0)
     if arguments.threads is not None:
         _set_threads(arguments.threads)
+    if Path(arguments.out).is_dir():
+        raise ValueError(f"--out is {arguments.out}, a folder; expected a file, such as bench.json in it")
+    make_folder(Path(arguments.out).parent)
     data = datasets.load(arguments.data, arguments.data_home)
     if arguments.quick:
         data = data.subset(512, 64, arguments.seed)
     chosen = list(benchmark.CONFIGURATIONS) if arguments.model == "all" else [arguments.model]
     effort = benchmark.QUICK if arguments.quick else benchmark.Effort()
-    threads, rows = numba.get_num_threads(), []
+    threads, rows, status = numba.get_num_threads(), [], 0
     own = arguments.seed, arguments.batch_size, arguments.preset
     if arguments.backend == "cuda":
         groups = bench_gpu.run(chosen, data, effort, *own)
@@ -153,23 +186,28 @@ def bench(arguments):
     try:
         for group in groups:
             rows += group
-            print(f"rso-numba: measured {group[-1].configuration}", file=sys.stderr)
+            _note(f"measured {group[-1].configuration}")
     finally:  # an interrupted benchmark keeps what it has measured
         if rows:
-            print(benchmark_table(rows))
-            result = dict(
-                command=shlex.join(["rso-numba", *sys.argv[1:]]), arguments={
-                    name: value for name, value in vars(arguments).items() if name != "command"},
-                machine=dict(cpu=_cpu_model(), cores=os.cpu_count(), system=platform.platform(),
-                             gpu=_gpu() if arguments.backend == "cuda" else None),
-                versions={"rso_numba": __version__, "python": platform.python_version(),
-                          **{package: _version(package) for package in (*PACKAGES, "torch")}},
-                threads=threads, seed=arguments.seed, data=repr(data),
-                rows=[asdict(row) for row in rows])
-            with written_beside(arguments.out) as beside:
-                beside.write_text(json.dumps(result, indent=1) + "\n")
-            print("wrote", arguments.out)
-    return 0
+            status = _write_benchmark(arguments, data, threads, rows)
+    return status
+
+
+def _write_benchmark(arguments, data, threads, rows):
+    result = dict(
+        command=shlex.join(["rso-numba", *sys.argv[1:]]), arguments={
+            name: value for name, value in vars(arguments).items() if name != "command"},
+        machine=dict(cpu=_cpu_model(), cores=os.cpu_count(), system=platform.platform(),
+                     gpu=_gpu() if arguments.backend == "cuda" else None),
+        versions={"rso_numba": __version__, "python": platform.python_version(),
+                  **{package: _version(package) for package in (*PACKAGES, "torch")}},
+        threads=threads, seed=arguments.seed, data=repr(data), rows=[asdict(row) for row in rows])
+    try:
+        with written_beside(arguments.out) as beside:
+            beside.write_text(json.dumps(result, indent=1) + "\n")
+    finally:  # what a full disk cannot hold can still be read
+        status = _show(benchmark_table(rows))
+    return max(status, _show(f"wrote {arguments.out}"))
 
 
 def benchmark_table(rows):
@@ -199,6 +237,8 @@ def _cpu_model():
 
 def compare(arguments):
     """Run `rso-numba compare`; return the exit status."""
+    # the picture goes to a file: it needs no window, and no backend that opens one
+    os.environ["MPLBACKEND"] = "agg"
     from . import experiments
 
     if arguments.threads is not None:
@@ -206,17 +246,19 @@ def compare(arguments):
     data = datasets.load(arguments.data, arguments.data_home)
     chosen = dict(DEFAULTS[arguments.data])
     chosen.update({name: getattr(arguments, name) for name in chosen if getattr(arguments, name) is not None})
+    failed = []
     result = experiments.compare(
         data, arguments.model, chosen["rounds"], chosen["batch_size"], arguments.preset,
         sgd_epochs=chosen["epochs"], sgd_batch_size=arguments.sgd_batch_size,
         learning_rate=arguments.learning_rate, momentum=arguments.momentum, backend=arguments.backend,
-        seed=arguments.seed, out=arguments.out, progress=not arguments.no_progress)
-    print(experiments.table(result.histories.values()))
-    print("wrote", ", ".join(map(str, result.files)) or "nothing")
+        seed=arguments.seed, out=arguments.out, progress=not arguments.no_progress,
+        report=lambda result: failed.append(_show(experiments.table(result.histories.values()))))
+    failed.append(_show(f"wrote {', '.join(map(str, result.files)) or 'nothing'}"))
     if result.interrupted is not None:
-        print("rso-numba:", result.interrupted, file=sys.stderr)
+        _note(result.interrupted)
         return 130
-    return 0
+    failed.append(Path(arguments.out, "compare.png") not in result.files)
+    return int(any(failed))
 
 
 def _set_threads(threads):
@@ -224,7 +266,9 @@ def _set_threads(threads):
 
     most = numba.config.NUMBA_NUM_THREADS
     if not 1 <= threads <= most:
-        raise ValueError(f"--threads is {threads}; expected 1 to {most} on this machine")
+        limit = ("this machine has no more" if most == numba.config.NUMBA_DEFAULT_NUM_THREADS
+                 else "the environment variable NUMBA_NUM_THREADS allows no more")
+        raise ValueError(f"--threads is {threads}; expected 1 to {most}: {limit}")
     numba.set_num_threads(threads)
 
 
@@ -242,9 +286,7 @@ def info(arguments):
         ("CUDA", _gpu()),
     ]
     lines += [("data folder", line) for line in _data_folders()]
-    for name, value in lines:
-        print(f"{name:<16}{value}")
-    return 0
+    return _show("\n".join(f"{name:<16}{value}" for name, value in lines))
 
 
 def _version(package):

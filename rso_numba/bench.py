@@ -15,6 +15,7 @@ import numba
 import numpy as np
 
 from . import kernels, models, presets, rso, sgd
+from .arguments import whole_number
 from .bench_torch import LEARNING_RATE, TorchForward, torch_or_none, torch_sgd
 from .datasets import Dataset
 from .visits import visits
@@ -57,6 +58,10 @@ class Job:
     batch_size: int
     preset: str
     seed: int
+
+    def __post_init__(self):
+        whole_number(self.batch_size, "batch_size")
+        whole_number(self.seed, "seed", 0)
 
     def __str__(self):
         return f"{self.model}, batch {self.batch_size}, {self.preset}"
@@ -319,7 +324,7 @@ def run(chosen, data, threads, effort, seed=0, batch_size=None, preset=None):
         torch_or_none().set_num_threads(threads)
     for model in chosen:
         own_batch_size, own_preset, sgd_model = CONFIGURATIONS[model]
-        size = batch_size or min(own_batch_size, len(data.train_images) // 2)
+        size = min(own_batch_size, len(data.train_images) // 2) if batch_size is None else batch_size
         yield search_rows(Job(model, data, size, preset or own_preset, seed), effort)
         for sgd_batch_size in SGD_BATCH_SIZES:
             yield sgd_rows(sgd_model, data, sgd_batch_size, effort, seed)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import mnist
+from .arguments import generator, whole_number
 from .mnist import read_idx  # noqa: F401 (for data sets of one's own in that format)
 
 
@@ -218,7 +219,7 @@ class Dataset:
             How many images to draw; None keeps all of them, in their order.
         rng : None, int or numpy.random.Generator
         """
-        rng = np.random.default_rng(rng)
+        rng = generator(rng)
         part = copy.copy(self)  # which checks, and warns of, nothing anew
         for kind, n in (("train", n_train), ("test", n_test)):
             images, labels = getattr(self, f"{kind}_images"), getattr(self, f"{kind}_labels")
@@ -253,7 +254,7 @@ def load_digits(size=8, test_fraction=0.2, rng=0):
     if size == 28:
         images = images.repeat(3, axis=2).repeat(3, axis=3)  # (1797, 1, 24, 24)
         images = np.pad(images, ((0, 0), (0, 0), (2, 2), (2, 2)))  # (1797, 1, 28, 28)
-    seed = int(np.random.default_rng(rng).integers(2**31))  # scikit-learn takes no Generator
+    seed = int(generator(rng).integers(2**31))  # scikit-learn takes no Generator
     train_images, test_images, train_labels, test_labels = train_test_split(
         images, digits.target, test_size=float(test_fraction), stratify=digits.target, random_state=seed)
     return Dataset(train_images, train_labels, test_images, test_labels, n_classes=10,
@@ -307,15 +308,12 @@ def load(name, data_home=None, **options):
     return LOADERS[name](data_home, **options)
 
 
-def check_training(network, data, count, batch_size, count_name):
+def check_training(network, data, count, batch_size, count_name, size_name="batch_size"):
     """Raise ValueError or TypeError unless the arguments of a training fit together."""
-    for name, value in ((count_name, count), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"{name} is {value!r}; expected a positive whole number")
-        if value < 1:
-            raise ValueError(f"{name} is {value}; expected a positive whole number")
+    whole_number(count, count_name)
+    whole_number(batch_size, size_name)
     if batch_size > len(data.train_images):
-        raise ValueError(f"batch_size is {batch_size}, larger than the training set of "
+        raise ValueError(f"{size_name} is {batch_size}, larger than the training set of "
                          f"{len(data.train_images)} images; expected at most that")
     if data.image_shape != network.image_shape or data.n_classes != network.n_classes:
         raise ValueError(

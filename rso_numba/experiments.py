@@ -1,5 +1,6 @@
 """The comparison that `rso-numba compare` runs: one network trained by RSO, its twin by SGD."""
 
+import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from . import kernels, models, plots, presets, rso, sgd
-from .datasets import check_images, check_labels
+from .arguments import whole_number
+from .datasets import check_images, check_labels, check_training
 from .evaluators import FullForward
+from .files import make_folder
 from .history import History
 
 SCAN_VALUES = 41  # points of the curve in the picture of one trial
@@ -23,7 +26,7 @@ class Comparison:
     networks, histories : dict
         The trained Network and its History, by solver: "rso" and "sgd".
     files : list of Path
-        What was written.
+        What was written. compare.png is missing if it could not be drawn.
     interrupted : str or None
         If Ctrl-C ended the training early: where it stopped.
     """
@@ -36,7 +39,7 @@ class Comparison:
 
 def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *, sgd_epochs=30,
             sgd_batch_size=32, learning_rate=0.1, momentum=0.0, backend="cpu", seed=0, out="rso-out",
-            progress=True):
+            progress=True, report=None):
     """Train one network by RSO and by SGD from the same initial weights, and write what happened.
 
     The defaults suit the digits of scikit-learn.
@@ -58,6 +61,8 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
         files of these names are replaced.
     progress : bool
         Show progress bars with the time left.
+    report : function, optional
+        Called with the Comparison when all but the picture is written, for drawing may fail.
 
     Returns
     -------
@@ -70,20 +75,25 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     GpuError
         If the GPU fails.
 
+    Warns
+    -----
+    UserWarning
+        If the picture could not be drawn: all else is written then.
+
     Notes
     -----
     Ctrl-C during the training raises nothing: what was learnt so far is written and returned, see
     `Comparison.interrupted`. It is also written before a GpuError is raised.
     """
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; expected 0 or larger")
+    whole_number(seed, "seed", 0)
     settings = presets.resolve(preset)
     networks = {solver: models.build(model, data.image_shape, data.n_classes, seed, settings)
                 for solver in ("rso", "sgd")}
     result = Comparison(networks, {solver: History(solver) for solver in networks})
+    check_training(networks["sgd"], data, sgd_epochs, sgd_batch_size, "epochs", "sgd_batch_size")
     # this searches nothing yet, but complains now, not after the SGD, of arguments that do not fit
     rso.trials(networks["rso"], data, rounds, batch_size, settings, backend=backend)
-    Path(out).mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     before = first_filters(networks["rso"]).copy()
     scan = _first_calls(networks, data, batch_size, settings, backend, seed)
     title = f"{data.name}: {model}, {networks['rso'].n_weights:,} weights"
@@ -100,9 +110,9 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
         rso.calibrate(networks["rso"], data, settings, backend)
     except kernels.GpuError as error:  # the network so far is not on the GPU
         rso.calibrate(networks["rso"], data, settings, "cpu")
-        _write(result, Path(out), before, scan, title)
+        _write(result, Path(out), before, scan, title, report)
         raise kernels.GpuError(f"{error}. {_where(result)}, in {out}") from error
-    _write(result, Path(out), before, scan, title)
+    _write(result, Path(out), before, scan, title, report)
     return result
 
 
@@ -117,6 +127,7 @@ def _first_calls(networks, data, batch_size, settings, backend, seed):
 
 def _generator(seed):
     # not the stream that drew the initial weights, or the first steps would repeat them
+    seed = whole_number(seed, "seed", 0)
     return np.random.default_rng([seed, 1])
 
 
@@ -135,19 +146,32 @@ def _where(result):
             f"the first {n} {unit} of that {part}")
 
 
-def _write(result, out, before, scan, title):
-    """Write networks and histories of the solvers that have begun, and the picture."""
+def _write(result, out, before, scan, title, report):
+    """Write networks and histories of the solvers that have begun, report, and only then draw the picture."""
     begun = [history for history in result.histories.values() if history.rounds]
-    for history in begun:
-        result.networks[history.solver].save(out / f"{history.solver}.npz")
-        result.files.append(out / f"{history.solver}.npz")
-        history.to_csv(out / f"{history.solver}.csv")
-        result.files.append(out / f"{history.solver}.csv")
+    try:
+        for history in begun:
+            history.to_csv(out / f"{history.solver}.csv")
+            result.files.append(out / f"{history.solver}.csv")
+            result.networks[history.solver].save(out / f"{history.solver}.npz")
+            result.files.append(out / f"{history.solver}.npz")
+    finally:  # of what a full disk cannot hold, too
+        if report is not None:
+            report(result)
     if begun:
-        after = first_filters(result.networks["rso"])
-        figure = plots.overview(begun, result.histories["rso"], before, after, scan, title)
-        plots.save(figure, out / "compare.png")
-        result.files.append(out / "compare.png")
+        _draw(result, out / "compare.png", begun, before, scan, title)
+
+
+def _draw(result, path, begun, before, scan, title):
+    """Draw the picture; warn if that fails."""
+    after = first_filters(result.networks["rso"])
+    try:
+        plots.save(plots.overview(begun, result.histories["rso"], before, after, scan, title), path)
+    except Exception as error:  # matplotlib raises what the fonts, LaTeX or the user's settings make it raise
+        former = "; the file there is of a former run" if path.exists() else ""
+        warnings.warn(f"{path} could not be drawn ({error}){former}", stacklevel=4)
+    else:
+        result.files.append(path)
 
 
 def table(histories):

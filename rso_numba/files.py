@@ -1,8 +1,20 @@
-"""Writing files so that nothing already saved is lost."""
+"""Writing files so that nothing already saved is lost, and reading arrays from files that may be damaged."""
 
+import io
+import math
 import os
+import tempfile
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
+
+
+def make_folder(path):
+    """Make the folder `path`, if need be, and try to write there: better an error now than after the work."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()
 
 
 @contextmanager
@@ -19,3 +31,44 @@ def written_beside(path):
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def read_npz(file):
+    """Read the arrays of a file that numpy.savez wrote. Nothing is unpickled.
+
+    No more memory is taken than the file has bytes, whatever it promises: `savez` compresses nothing, so
+    each array has to be as long in the file as its header says.
+
+    Parameters
+    ----------
+    file : binary file, open for reading
+
+    Returns
+    -------
+    dict of ndarray, read-only, by name
+
+    Raises
+    ------
+    Exception
+        Of any kind, if the file is damaged: the readers of zip files and of NumPy's headers do.
+    """
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if any(m.compress_type != zipfile.ZIP_STORED or m.compress_size != m.file_size for m in members):
+            raise ValueError("its arrays are compressed")
+        if sum(m.file_size for m in members) > file.seek(0, os.SEEK_END):
+            raise ValueError("its arrays are longer than the file")
+        return {m.filename.removesuffix(".npy"): _array(archive.read(m), m.filename) for m in members}
+
+
+def _array(content, name):
+    # content: one .npy file, its header and its numbers
+    header = io.BytesIO(content)
+    if np.lib.format.read_magic(header) != (1, 0):
+        raise ValueError(f"the header of {name} is of a version that Network.save does not write")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(header)
+    n_promised, n_bytes = math.prod(shape) * dtype.itemsize, len(content) - header.tell()
+    if n_promised != n_bytes:
+        raise ValueError(f"the header of {name} promises {n_promised} bytes, and {n_bytes} follow")
+    array = np.frombuffer(content, dtype, offset=header.tell())
+    return array.reshape(shape, order="F" if fortran else "C")

@@ -8,9 +8,12 @@ A network is a chain of layers. A skip connection fits the chain as a layer, `Re
 branches and adds their outputs; `Network` finds their weights through `Layer.leaves`.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
+
+from .arguments import number_below, whole_number
 
 RUNNING_MOMENTUM = 0.1  # of BatchNorm's running statistics in training, as in the notebook
 
@@ -61,6 +64,11 @@ class Standardize(Layer):
     scaling: str = "standardize"
     buffer_names = ("mean", "std", "fitted")
 
+    def __post_init__(self):
+        known = "standardize", "center", "none"
+        if self.scaling not in known:
+            raise ValueError(f"Standardize: scaling is {self.scaling!r}; expected one of {known}")
+
     def allocate_buffers(self, shape):
         self.mean = np.zeros(shape[0], np.float32)
         self.std = np.ones(shape[0], np.float32)
@@ -95,10 +103,14 @@ class Conv2D(Layer):
     is_linear = True
 
     def __post_init__(self):
+        self.filters = whole_number(self.filters, "Conv2D: filters")
+        self.size = whole_number(self.size, "Conv2D: size")
         if self.size not in (1, 3):
-            raise ValueError(f"Conv2D: size is {self.size!r}; expected 3 or 1")
+            raise ValueError(f"Conv2D: size is {self.size}; expected 3 or 1")
         self.parameter_names = ("weight", "bias") if self.use_bias else ("weight",)
-        self.bias = np.zeros(self.filters, np.float32)
+
+    def allocate_buffers(self, shape):
+        self.bias = np.zeros(self.filters, np.float32)  # stays 0 without use_bias
 
     def parameter_shapes(self, shape):
         shapes = {"weight": (self.filters, shape[0], self.size, self.size), "bias": (self.filters,)}
@@ -130,8 +142,11 @@ class Dense(Layer):
     is_linear = True
 
     def __post_init__(self):
+        self.units = whole_number(self.units, "Dense: units")
         self.parameter_names = ("weight", "bias") if self.use_bias else ("weight",)
-        self.bias = np.zeros(self.units, np.float32)
+
+    def allocate_buffers(self, shape):
+        self.bias = np.zeros(self.units, np.float32)  # stays 0 without use_bias
 
     def parameter_shapes(self, shape):
         shapes = {"weight": (self.units, shape[0]), "bias": (self.units,)}
@@ -164,6 +179,9 @@ class BatchNorm(Layer):
     epsilon: float = 1e-5
     parameter_names = ("gamma", "beta")
     buffer_names = ("running_mean", "running_variance")
+
+    def __post_init__(self):
+        self.epsilon = number_below(self.epsilon, "BatchNorm: epsilon")
 
     def parameter_shapes(self, shape):
         return {"gamma": shape[:1], "beta": shape[:1]}
@@ -294,7 +312,7 @@ class Flatten(Layer):
     """(C, H, W) to (C * H * W,)."""
 
     def output_shape(self, shape):
-        return (int(np.prod(shape)),)
+        return (math.prod(shape),)
 
     def forward(self, x, run):
         run.save(self, x)

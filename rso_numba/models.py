@@ -1,6 +1,7 @@
 """The models by name: lists of layers, and `build`, which makes networks of them."""
 
 from . import presets
+from .arguments import whole_number
 from .layers import (
     AvgPool,
     BatchNorm,
@@ -87,13 +88,13 @@ def build(name, image_shape=(1, 28, 28), n_classes=10, rng=None, preset="paper")
 
     Raises
     ------
-    ValueError
-        If the name is unknown or the images are too small for the model.
+    ValueError, TypeError
+        If the name is unknown, a number is out of range, or the images are too small for the model.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known models: {', '.join(MODELS)}")
     settings = presets.resolve(preset)
-    layers = [Standardize(settings.scaling), *MODELS[name](n_classes)]
+    layers = [Standardize(settings.scaling), *MODELS[name](whole_number(n_classes, "n_classes"))]
     network = Network(layers, image_shape, n_classes, name)
     for leaf in network.leaves:
         if isinstance(leaf, BatchNorm):

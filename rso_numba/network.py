@@ -1,7 +1,8 @@
 """A network: a chain of layers that share one vector of weights."""
 
 import json
-import zipfile
+import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from . import kernels, losses
+from .arguments import generator, whole_number
 from .datasets import check_images, check_labels
-from .files import written_beside
+from .files import read_npz, written_beside
 from .layers import KINDS, BatchNorm, Standardize, chain_leaves, chain_output_shape
 from .passes import Pass
 
+FORMAT = 1  # of the files that networks are saved in
 FORWARD_IMAGES = 256  # that pass through the network at once: few enough for activations to stay in the cache
 
 
@@ -72,20 +75,20 @@ class Network:
 
     def __init__(self, layers, image_shape, n_classes, name="custom", dtype=np.float32):
         self.layers, self.name = list(layers), name
-        self.image_shape, self.n_classes = tuple(map(int, image_shape)), int(n_classes)
-        self.leaves, shapes = [], []
-        shape = _checked_image_shape(self.image_shape)
+        self.image_shape = _checked_image_shape(image_shape)
+        self.n_classes = whole_number(n_classes, "n_classes")
+        self.leaves, shapes, shape, counted = [], [], self.image_shape, Counter()
         for leaf, leaf_shape in chain_leaves(self.layers, shape):
             kind = "shortcut_" * leaf.in_shortcut + type(leaf).__name__.removesuffix("2D").lower()
-            n_before = sum(other.name.rstrip("0123456789") == kind for other in self.leaves)
-            leaf.name = f"{kind}{n_before + 1}"
+            counted[kind] += 1
+            leaf.name = f"{kind}{counted[kind]}"
             leaf.allocate_buffers(leaf_shape)
             self.leaves.append(leaf)
             shapes += [(leaf, *item) for item in leaf.parameter_shapes(leaf_shape).items()]
         shape = chain_output_shape(self.layers, shape)
         if shape != (self.n_classes,):
             raise ValueError(f"the last layer gives {shape} numbers an image; expected ({self.n_classes},)")
-        self.weights = np.zeros(sum(int(np.prod(s)) for _, _, s in shapes), dtype)
+        self.weights = np.zeros(sum(math.prod(s) for _, _, s in shapes), dtype)
         self._parameters, start = [], 0
         for leaf, parameter_name, parameter_shape in shapes:
             stop = start + int(np.prod(parameter_shape))
@@ -129,7 +132,7 @@ class Network:
             See `presets.Preset`.
         rng : None, int or Generator
         """
-        rng = np.random.default_rng(rng)
+        rng = generator(rng)
         in_shortcut = {leaf.name for leaf in self.leaves if leaf.in_shortcut}
         for parameter in self._parameters:
             if parameter.name == "weight":
@@ -256,7 +259,7 @@ class Network:
     def save(self, path):
         """Write the network to `path` (.npz): weights, buffers and the description of its layers."""
         description = {
-            "format": 1,
+            "format": FORMAT,
             "name": self.name,
             "image_shape": self.image_shape,
             "n_classes": self.n_classes,
@@ -279,25 +282,35 @@ class Network:
         ValueError
             If the file is damaged or is not a saved network; the message says why.
         """
-        try:
-            with np.load(path, allow_pickle=False) as saved:
-                description = json.loads(str(saved["description"]))
-                layers = [_layer(arguments) for arguments in description["layers"]]
-                network = cls(
-                    layers, description["image_shape"], description["n_classes"], description["name"]
-                )
-                for name, array in network.state().items():
-                    if saved[name].shape != array.shape:
-                        raise ValueError(f"{name} has shape {saved[name].shape}; expected {array.shape}")
-                    array[...] = saved[name]
-        except (FileNotFoundError, IsADirectoryError, PermissionError):  # to save it again would not help
-            raise
-        except (ValueError, TypeError, KeyError, OSError, EOFError, MemoryError, AttributeError,
-                zipfile.BadZipFile, zipfile.zlib.error) as error:
-            raise ValueError(
-                f"{path} is damaged or is not a network saved by Network.save ({error}); save it again"
-            ) from error
+        with open(path, "rb") as file:
+            try:
+                return cls._restored(read_npz(file))
+            except Exception as error:  # reading a damaged file raises nearly anything
+                raise ValueError(f"{path} is damaged or is not a network saved by Network.save "
+                                 f"({type(error).__name__}: {error}); save it again") from error
+
+    @classmethod
+    def _restored(cls, saved):
+        description = json.loads(str(saved["description"]))
+        if description["format"] != FORMAT:
+            raise ValueError(f"its format is {description['format']!r}; this rso_numba reads {FORMAT}")
+        layers = [_layer(arguments) for arguments in description["layers"]]
+        image_shape = _checked_image_shape(description["image_shape"])
+        # what the layers ask memory for has to be in the file
+        needed = sum(_n_numbers(*leaf) for leaf in chain_leaves(layers, image_shape))
+        if needed > sum(array.nbytes for array in saved.values()):
+            raise ValueError(f"its layers need {needed} numbers, which are not in it")
+        network = cls(layers, image_shape, description["n_classes"], str(description["name"]))
+        for name, array in network.state().items():
+            if saved[name].shape != array.shape:
+                raise ValueError(f"{name} has shape {saved[name].shape}; expected {array.shape}")
+            np.copyto(array, saved[name], casting="same_kind")
         return network
+
+
+def _n_numbers(leaf, shape):
+    """Return how many numbers the parameters and buffers of a layer hold, or a few more."""
+    return sum(map(math.prod, leaf.parameter_shapes(shape).values())) + len(leaf.buffer_names) * shape[0]
 
 
 def _layer(description):
@@ -311,6 +324,8 @@ def _layer(description):
 
 
 def _checked_image_shape(shape):
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"image_shape is {shape}; expected three positive numbers (channels, height, width)")
-    return shape
+    sizes = tuple(shape) if np.iterable(shape) else ()
+    if len(sizes) != 3:
+        raise ValueError(f"image_shape is {shape!r}; expected three positive whole numbers: (channels, "
+                         "height, width)")
+    return tuple(whole_number(size, f"image_shape[{i}]") for i, size in enumerate(sizes))

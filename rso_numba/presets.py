@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from .arguments import is_number, number_below
+
 EVERYTHING = ("weight", "bias", "gamma", "beta")
 
 
@@ -152,19 +154,18 @@ def resolve(preset="paper", **overrides):
         if name not in known:
             raise TypeError(f"unknown setting {name!r}; known settings: {', '.join(known)}")
     settings = replace(preset, **overrides)
+    settings = replace(settings, epsilon=number_below(settings.epsilon, "epsilon"),
+                       weight_decay=number_below(settings.weight_decay, "weight_decay", 1))
     for name, choices in ALLOWED_VALUES.items():
         value = getattr(settings, name)
-        is_number = name == "sigma" and isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and not 0 < value < float("inf"):
-            raise ValueError(f"sigma is {value!r}; expected a positive number or one of {choices}")
-        if not is_number and value not in choices:
+        if isinstance(value, (str, type(None))) and value in choices:
+            continue
+        if name != "sigma":
             raise ValueError(f"{name} is {value!r}; expected one of {choices}")
+        if not (is_number(value) and 0 < value < float("inf")):
+            raise ValueError(f"sigma is {value!r}; expected a positive number or one of {choices}")
     if settings.hold == "filter" and settings.unit != "weight":
         raise ValueError(f"hold is 'filter' and unit is {settings.unit!r}; expected unit='weight' with it")
-    if not 0 <= settings.epsilon < float("inf"):
-        raise ValueError(f"epsilon is {settings.epsilon!r}; expected a small positive number")
-    if not 0 <= settings.weight_decay < 1:
-        raise ValueError(f"weight_decay is {settings.weight_decay!r}; expected 0 <= weight_decay < 1")
     unknown = [name for name in settings.trained if name not in EVERYTHING]
     if isinstance(settings.trained, str) or unknown or not settings.trained:
         raise ValueError(f"trained is {settings.trained!r}; expected a tuple of names out of {EVERYTHING}")

@@ -21,15 +21,16 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from . import presets
+from .arguments import generator
 from .batches import POLICIES
 from .datasets import check_training
 from .evaluators import make_evaluator
 from .history import History
 from .kernels import formulas
 from .layers import RUNNING_MOMENTUM
+from .progress import ProgressBar
 from .visits import annealing_factor, draw_step, n_visits, sigmas, visits
 
 CALIBRATION_IMAGES = 2000  # the authors' fixed statistics
@@ -169,13 +170,14 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
     """
     settings = presets.resolve(preset, **overrides)
     check_training(network, data, rounds, batch_size, "rounds")
+    rng = generator(rng)
     if evaluator is None:
         momentum = RUNNING_MOMENTUM if settings.test_statistics == "running" else 0.0
         fixed = data.train_images[:CALIBRATION_IMAGES] if settings.search_statistics == "fixed" else None
         evaluator = make_evaluator(evaluation, network, backend, momentum, settings.unit, fixed)
     network.fit_scaling(data.train_images)
     search = partial(algorithm_1, network, data, settings=settings, rounds=rounds, batch_size=batch_size,
-                     rng=np.random.default_rng(rng), visits=visits)
+                     rng=rng, visits=visits)
     # a GPU takes from this loop what is drawn, and decides many trials at once: see `evaluators`
     decides = hasattr(evaluator, "decide")
     return evaluator.decide(search, settings.decay) if decides else search(evaluator)
@@ -214,7 +216,7 @@ def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluati
     per_round = n_visits(network, settings)
     calibrate(network, data, settings, backend)
     history.end_round(network, data, backend)
-    with tqdm(total=rounds * per_round, unit="weight", desc="RSO", disable=not progress) as bar:
+    with ProgressBar(rounds * per_round, "weight", "RSO", progress) as bar:
         for _ in range(rounds):
             begin = perf_counter()
             for trial in islice(stream, per_round):

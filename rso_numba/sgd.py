@@ -3,13 +3,14 @@
 from time import perf_counter
 
 import numpy as np
-from tqdm import tqdm
 
 from . import kernels
+from .arguments import generator, number_below
 from .datasets import check_images, check_labels, check_training
 from .history import History
 from .layers import RUNNING_MOMENTUM
 from .passes import Pass
+from .progress import ProgressBar
 
 
 def gradients(network, images, labels, backend="cpu"):
@@ -93,7 +94,7 @@ def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=
     """
     check_training(network, data, epochs, batch_size, "epochs")
     _check(learning_rate, momentum, weight_decay, validation_fraction)
-    rng, k = np.random.default_rng(rng), kernels.backend(backend)
+    rng, k = generator(rng), kernels.backend(backend)
     network.fit_scaling(data.train_images)
     order = rng.permutation(len(data.train_images))
     n_validation = round(validation_fraction * len(order))
@@ -104,7 +105,7 @@ def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=
     history.end_round(network, data, backend)
     velocity, best_loss, best_state = np.zeros_like(network.weights), np.inf, None
     settings, steps = (learning_rate, momentum, weight_decay), -(-len(order) // batch_size)
-    with tqdm(total=epochs * steps, unit="step", desc="SGD", disable=not progress) as bar:
+    with ProgressBar(epochs * steps, "step", "SGD", progress) as bar:
         for _ in range(epochs):
             begin, order = perf_counter(), rng.permutation(order)
             for start in range(0, len(order), batch_size):
@@ -129,5 +130,4 @@ def _check(learning_rate, momentum, weight_decay, validation_fraction):
     highs = {"learning_rate": np.inf, "momentum": 1, "weight_decay": 1, "validation_fraction": 1}
     values = learning_rate, momentum, weight_decay, validation_fraction
     for (name, high), value in zip(highs.items(), values, strict=True):
-        if not 0 <= value < high:
-            raise ValueError(f"{name} is {value!r}; expected 0 <= {name} < {high}")
+        number_below(value, name, high)

@@ -117,11 +117,31 @@ def test_an_interrupted_benchmark_keeps_what_it_measured(tmp_path, capsys, monke
     assert [row["value"] for row in json.loads(path.read_text())["rows"]] == [0.5]
 
 
-def test_a_bad_batch_size_is_an_error_of_the_user(tmp_path, capsys, without_torch):
+@pytest.mark.parametrize("arguments, named", [
+    (["--batch-size", "9999"], "batch_size is 9999"), (["--batch-size", "0"], "batch_size is 0"),
+    (["--seed", "-1"], "seed is -1"), (["--seed", "-1", "--quick"], "seed is -1"),
+])
+def test_bad_numbers_are_errors_of_the_user(tmp_path, capsys, without_torch, arguments, named):
     path = tmp_path / "bench.json"
-    assert main(["bench", "--quick", "--data", "digits28", "--model", "one_conv", "--batch-size", "9999",
-                 "--out", str(path)]) == 2
-    assert "9999" in capsys.readouterr().err and not path.exists()
+    assert main(["bench", "--data", "digits28", "--model", "one_conv", "--out", str(path), *arguments]) == 2
+    assert f"error: {named}" in capsys.readouterr().err and not path.exists()
+
+
+def test_a_folder_is_no_file_to_write(tmp_path, capsys, monkeypatch, without_torch):
+    monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("measured"))
+    assert main(["bench", "--quick", "--data", "digits28", "--out", str(tmp_path)]) == 2
+    assert "a folder; expected a file" in capsys.readouterr().err
+
+
+def test_what_cannot_be_printed_is_written(tmp_path, monkeypatch, without_torch):
+    def fail(*_, file=None, **__):
+        if file is None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(bench, "run", lambda *_: [[bench.Row("a", "b", 0.5, "s/weight", "whole")]])
+    monkeypatch.setattr("builtins.print", fail)
+    assert main(["bench", "--quick", "--data", "digits28", "--out", str(tmp_path / "bench.json")]) == 0
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["value"] == 0.5
 
 
 def test_table_is_aligned():

@@ -2,6 +2,8 @@
 
 import csv
 import functools
+import io
+import os
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import pytest
 
 import rso_numba
 from rso_numba import datasets, experiments, kernels, models, plots
-from rso_numba.__main__ import main
+from rso_numba.__main__ import main, parser
 from rso_numba.evaluators import FullForward
 from rso_numba.history import History
 
@@ -188,7 +190,7 @@ def test_a_failing_gpu_leaves_the_network_so_far(monkeypatch, capsys, tmp_path):
     (["--rounds", "0"], "rounds is 0"),
     (["--batch-size", "5000"], "batch_size is 5000"),
     (["--epochs", "-1"], "epochs is -1"),
-    (["--sgd-batch-size", "0"], "batch_size is 0"),
+    (["--sgd-batch-size", "0"], "sgd_batch_size is 0"),
     (["--learning-rate", "-0.5"], "learning_rate is -0.5"),
     (["--momentum", "1"], "momentum is 1.0"),
     (["--seed", "-2"], "seed is -2"),
@@ -216,6 +218,110 @@ def test_a_folder_that_cannot_be_made_fails_before_the_training(monkeypatch, cap
     (tmp_path / "file").write_text("")
     assert main([*QUICK, "--out", str(tmp_path / "file")]) == 2
     assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is a folder of Linux where nobody can write")
+def test_a_folder_that_cannot_be_written_to_fails_before_the_training(monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "example_trial", lambda *_: pytest.fail("trained"))
+    assert main([*QUICK, "--out", "/proc"]) == 2
+    assert "/proc" in capsys.readouterr().err
+
+
+def test_threads_that_numba_was_not_given(monkeypatch, capsys):
+    import numba
+
+    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 1)
+    monkeypatch.setattr(numba.config, "NUMBA_DEFAULT_NUM_THREADS", 8)
+    assert main([*QUICK, "--threads", "2"]) == 2
+    assert "expected 1 to 1: the environment variable NUMBA_NUM_THREADS allows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["compare", "bench"])
+def test_out_may_begin_with_the_home_folder(command, monkeypatch, tmp_path):
+    for variable in ("HOME", "USERPROFILE"):  # the second on Windows
+        monkeypatch.setenv(variable, str(tmp_path))
+    assert parser().parse_args([command, "--out=~/x"]).out == os.path.join(str(tmp_path), "x")
+
+
+# ---- what can neither be printed nor drawn ----
+
+
+class Broken(io.StringIO):
+    """A stream that writes nothing."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+def quick_compare(monkeypatch, out):
+    monkeypatch.setattr(plots, "save", lambda figure, path: path.write_text("drawn"))  # drawing takes longest
+    arguments = [word for word in QUICK if word != "--no-progress"]
+    return main([*arguments, "--rounds", "1", "--epochs", "1", "--out", str(out)])
+
+
+@pytest.mark.parametrize("stream, error, status, said", [
+    ("stdout", BrokenPipeError(32, "Broken pipe"), 0, None),
+    ("stdout", OSError(28, "No space left on device"), 1, "warning: the output could not be printed"),
+    ("stderr", BrokenPipeError(32, "Broken pipe"), 0, None),
+    ("stderr", ValueError("I/O operation on closed file"), 0, None),
+    ("stdout", None, 0, None),
+    ("stderr", None, 0, None),
+], ids=repr)
+def test_what_cannot_be_printed_loses_nothing_else(monkeypatch, capsys, tmp_path, stream, error, status,
+                                                   said):
+    monkeypatch.setattr(sys, stream, error and Broken(error))
+    assert quick_compare(monkeypatch, tmp_path) == status
+    out, err = capsys.readouterr()
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert said is None or said in err
+    assert "Broken" not in err and (stream == "stdout" or out.startswith("| solver"))
+
+
+def test_a_path_that_the_terminal_cannot_show_is_escaped(monkeypatch, tmp_path):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    assert quick_compare(monkeypatch, tmp_path / "o ü") == 0
+    assert rb"o \xfc" in shown.getvalue().splitlines()[-1]
+
+
+def test_a_picture_that_cannot_be_drawn_loses_nothing_else(monkeypatch, capsys, tmp_path):
+    def fail(*_):
+        assert capsys.readouterr().out.startswith("| solver")  # printed before
+        assert {path.name for path in tmp_path.iterdir()} == FILES
+        raise RuntimeError("latex could\nnot be found")
+
+    (tmp_path / "compare.png").write_text("former")
+    monkeypatch.setattr(plots, "save", fail)
+    assert main([*QUICK, "--rounds", "1", "--epochs", "1", "--out", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert err == (f"rso-numba: warning: {tmp_path / 'compare.png'} could not be drawn (latex could not be "
+                   "found); the file there is of a former run\n")
+    assert out.startswith("wrote ") and "rso.npz" in out and "compare.png" not in out
+
+
+def test_a_disk_that_is_full_loses_no_table(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(models.Network, "save", Broken(OSError(28, "No space left on device")).write)
+    assert main([*QUICK, "--rounds", "1", "--epochs", "1", "--out", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("| solver") and "No space left" in err
+
+
+def test_a_reader_who_leaves_early_is_no_error():
+    with subprocess.Popen([sys.executable, "-m", "rso_numba", "info"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+def test_no_window_is_needed():
+    run = subprocess.run([sys.executable, "-m", "rso_numba", "compare", "--rounds", "0"],
+                         env=os.environ | {"MPLBACKEND": "absent"}, capture_output=True, text=True)
+    assert run.stderr == "rso-numba: error: rounds is 0; expected a positive whole number\n"
 
 
 # ---- info and help ----
