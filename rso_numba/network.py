@@ -9,16 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from . import kernels, losses
+from .arrays import KeepsArrays, fitting
 from .datasets import check_images, check_labels
 from .files import written_beside
-from .layers import KINDS, BatchNorm, Standardize, chain_leaves, chain_output_shape
+from .layers import KINDS, OF_ITS_OWN, BatchNorm, Standardize, chain_leaves, chain_output_shape
 from .passes import Pass
 
 FORWARD_IMAGES = 256  # that pass through the network at once: few enough for activations to stay in the cache
 
 
-@dataclass(frozen=True, eq=False)
-class Parameter:
+@dataclass(eq=False)
+class Parameter(KeepsArrays):
     """A named array of weights.
 
     Parameters
@@ -26,12 +27,13 @@ class Parameter:
     layer, name : str
         Such as "conv1" and "weight".
     value : ndarray
-        The weights themselves: a view of `Network.weights`. Writing to it changes the network.
+        The weights themselves: a view of `Network.weights`. Writing or assigning to it changes the network.
     """
 
     layer: str
     name: str
     value: np.ndarray
+    kept_arrays = ("value",)
 
     def __str__(self):
         return f"{self.layer}.{self.name}"
@@ -42,14 +44,14 @@ class Parameter:
         return self.value[0].size if self.value.ndim > 1 else 1
 
 
-class Network:
-    """A chain of layers from images to logits.
+class Network(KeepsArrays):
+    """A chain of layers from images to logits. A copy of it (`copy`, `pickle`) shares nothing with it.
 
     Parameters
     ----------
     layers : list of Layer
         In the order that images pass them. Their weights are created here, filled with zeros
-        (gamma with ones); `initialize` draws them.
+        (gamma with ones); `initialize` draws them. A layer can be in one network only, and once.
     image_shape : tuple of int
         (C, H, W).
     n_classes : int
@@ -62,23 +64,30 @@ class Network:
     Attributes
     ----------
     weights : ndarray (n_weights,)
-        All weights, layer by layer from the input. Each `Parameter.value` is a view of it.
+        All weights, layer by layer from the input. Each `Parameter.value`, and the array of its layer,
+        is a view of it. Assigning to any of them (`network.weights = array`) copies numbers into it.
 
     Raises
     ------
     ValueError
-        If the images are too small for the layers or the last layer has not `n_classes` outputs.
+        If the images are too small for the layers, the last layer has not `n_classes` outputs, or a layer
+        is in another network or here twice.
     """
+
+    kept_arrays = ("weights",)
 
     def __init__(self, layers, image_shape, n_classes, name="custom", dtype=np.float32):
         self.layers, self.name = list(layers), name
         self.image_shape, self.n_classes = tuple(map(int, image_shape)), int(n_classes)
-        self.leaves, shapes = [], []
+        self.leaves, kinds, shapes = [], [], []
         shape = _checked_image_shape(self.image_shape)
         for leaf, leaf_shape in chain_leaves(self.layers, shape):
-            kind = "shortcut_" * leaf.in_shortcut + type(leaf).__name__.removesuffix("2D").lower()
-            n_before = sum(other.name.rstrip("0123456789") == kind for other in self.leaves)
-            leaf.name = f"{kind}{n_before + 1}"
+            if any(leaf is other for other in self.leaves):
+                raise ValueError(f"{leaf} is here twice; {OF_ITS_OWN}")
+            kinds.append("shortcut_" * leaf.in_shortcut + type(leaf).__name__.removesuffix("2D").lower())
+            leaf.name = f"{kinds[-1]}{kinds.count(kinds[-1])}"
+            for name in leaf.kept_arrays:  # of a layer that was copied out of a network
+                vars(leaf).pop(name, None)
             leaf.allocate_buffers(leaf_shape)
             self.leaves.append(leaf)
             shapes += [(leaf, *item) for item in leaf.parameter_shapes(leaf_shape).items()]
@@ -86,14 +95,24 @@ class Network:
         if shape != (self.n_classes,):
             raise ValueError(f"the last layer gives {shape} numbers an image; expected ({self.n_classes},)")
         self.weights = np.zeros(sum(int(np.prod(s)) for _, _, s in shapes), dtype)
-        self._parameters, start = [], 0
-        for leaf, parameter_name, parameter_shape in shapes:
-            stop = start + int(np.prod(parameter_shape))
-            view = self.weights[start:stop].reshape(parameter_shape)
-            view[...] = parameter_name == "gamma"
-            setattr(leaf, parameter_name, view)
-            self._parameters.append(Parameter(leaf.name, parameter_name, view))
-            start = stop
+        self._parameters = [Parameter(leaf.name, name, np.empty(s, dtype)) for leaf, name, s in shapes]
+        self._make_views()
+        for parameter in self._parameters:
+            parameter.value[...] = parameter.name == "gamma"
+
+    def _make_views(self):
+        """Make the arrays of parameters and layers views of the one vector of weights."""
+        leaves, views = {leaf.name: leaf for leaf in self.leaves}, self.views(self.weights)
+        for parameter in self._parameters:
+            view = views[str(parameter)]
+            vars(parameter)["value"] = vars(leaves[parameter.layer])[parameter.name] = view
+        for leaf in self.leaves:
+            leaf.in_network = True
+
+    def __setstate__(self, state):
+        # a copy, or what pickle or joblib has read: its arrays are no views, and may be read-only
+        vars(self).update(state, weights=np.array(state["weights"]))
+        self._make_views()
 
     def __repr__(self):
         return f"Network({self.name!r}, image_shape={self.image_shape}, n_weights={self.n_weights})"
@@ -187,8 +206,18 @@ class Network:
         return np.concatenate(logits)
 
     def predict(self, images, backend="cpu"):
-        """Return the most probable class of each image, (N,) int64."""
-        return self.forward(images, backend).argmax(axis=1)
+        """Return the most probable class of each image, (N,) int64.
+
+        Raises
+        ------
+        ValueError, TypeError, GpuError
+            See `forward`.
+        FloatingPointError
+            If logits are NaN or infinite: they name no class.
+        """
+        logits = self.forward(images, backend)
+        _check_images_finite(logits, "logits")
+        return logits.argmax(axis=1)
 
     def evaluate(self, images, labels, backend="cpu"):
         """Return mean cross-entropy and accuracy on labelled images.
@@ -207,13 +236,17 @@ class Network:
         ------
         ValueError, TypeError
             If images or labels do not fit the network, or each other.
+        FloatingPointError
+            If the loss of an image is NaN or infinite.
         GpuError
             See `forward`.
         """
         labels = check_labels(labels, self.n_classes, len(images))
         logits = self.forward(images, backend)
-        loss = losses.cross_entropy(logits, labels).mean(dtype=np.float64)
-        return float(loss), losses.accuracy(logits, labels)
+        with np.errstate(over="ignore", invalid="ignore"):  # told below
+            each = losses.cross_entropy(logits, labels)
+        _check_images_finite(each, "a loss")
+        return float(each.mean(dtype=np.float64)), losses.accuracy(logits, labels)
 
     def calibrate(self, images, backend="cpu"):
         """Store the statistics of `images` in every BatchNorm, layer by layer (the authors' way).
@@ -227,11 +260,19 @@ class Network:
         ------
         ValueError, TypeError
             If the images have another shape or hold NaN or infinite pixels.
+        FloatingPointError
+            If the statistics are not finite. Those that were stored stay.
         GpuError
             See `forward`.
         """
         images, k = check_images(images, self.image_shape), kernels.backend(backend)
+        before = {name: array.copy() for name, array in self.state().items()}
         self.propagate(k.pack(images), Pass(k, len(images), batch_statistics=True, momentum=1.0))
+        try:
+            self.check_finite()
+        except FloatingPointError:
+            self.set_state(before)
+            raise
 
     def state(self):
         """Return all weights and buffers as a dict of arrays (views, not copies)."""
@@ -240,21 +281,46 @@ class Network:
             state.update({f"{leaf.name}.{name}": getattr(leaf, name) for name in leaf.buffer_names})
         return state
 
+    def check_finite(self):
+        """Raise FloatingPointError if a weight, or a number in a buffer, is NaN or infinite."""
+        for name, array in self.state().items():
+            bad = np.argwhere(~np.isfinite(array))
+            if len(bad):
+                first = tuple(bad[0].tolist())
+                raise FloatingPointError(
+                    f"{name} holds {len(bad)} NaN or infinite numbers (the first is {array[first]} at index "
+                    f"{first}); build the network anew, or load one")
+
     def set_state(self, state):
         """Copy weights and buffers from a dict such as `state` returns.
 
         Raises
         ------
         KeyError
-            If the dict lacks one of them. Those before it have been copied then.
-        ValueError
-            If an array cannot be broadcast to the shape of its place. Those before it have been copied then.
+            If the dict lacks one of them, or has one that the network has not.
+        ValueError, TypeError
+            If an array has another shape, or a dtype that is no kind of its place's. In all these cases
+            nothing has been copied.
         """
-        for name, array in self.state().items():
-            array[...] = state[name]
+        own = self.state()
+        for names, what in ((own.keys() - state.keys(), "lacks"), (state.keys() - own.keys(), "has unknown")):
+            if names:
+                raise KeyError(f"the state {what} {', '.join(sorted(names))}; expected {', '.join(own)}")
+        arrays = {name: fitting(state[name], place, name) for name, place in own.items()}
+        for name, place in own.items():
+            place[...] = arrays[name]
 
     def save(self, path):
-        """Write the network to `path` (.npz): weights, buffers and the description of its layers."""
+        """Write the network to `path` (.npz): weights, buffers and the description of its layers.
+
+        Raises
+        ------
+        ValueError
+            If `path` does not end in .npz.
+        FloatingPointError
+            If a weight is NaN or infinite: such a network cannot be loaded.
+        """
+        self.check_finite()
         description = {
             "format": 1,
             "name": self.name,
@@ -277,23 +343,23 @@ class Network:
         FileNotFoundError
             If there is no such file.
         ValueError
-            If the file is damaged or is not a saved network; the message says why.
+            If the file is damaged, holds weights that are NaN or infinite, or is not a saved network; the
+            message says why.
         """
         try:
             with np.load(path, allow_pickle=False) as saved:
-                description = json.loads(str(saved["description"]))
+                state = dict(saved)
+                description = json.loads(str(state.pop("description")))
                 layers = [_layer(arguments) for arguments in description["layers"]]
                 network = cls(
                     layers, description["image_shape"], description["n_classes"], description["name"]
                 )
-                for name, array in network.state().items():
-                    if saved[name].shape != array.shape:
-                        raise ValueError(f"{name} has shape {saved[name].shape}; expected {array.shape}")
-                    array[...] = saved[name]
+                network.set_state(state)
+                network.check_finite()
         except FileNotFoundError:
             raise
         except (ValueError, TypeError, KeyError, OSError, EOFError, MemoryError, AttributeError,
-                zipfile.BadZipFile, zipfile.zlib.error) as error:
+                FloatingPointError, zipfile.BadZipFile, zipfile.zlib.error) as error:
             raise ValueError(
                 f"{path} is damaged or is not a network saved by Network.save ({error}); save it again"
             ) from error
@@ -308,6 +374,15 @@ def _layer(description):
     branches = {name: [_layer(inner) for inner in value]
                 for name, value in arguments.items() if isinstance(value, list)}
     return KINDS[kind](**(arguments | branches))
+
+
+def _check_images_finite(numbers, what):
+    # numbers (N, ...), some of each image
+    bad = np.flatnonzero(~np.isfinite(numbers.reshape(len(numbers), -1)).all(axis=1))
+    if len(bad):
+        raise FloatingPointError(
+            f"{len(bad)} of {len(numbers)} images have {what} that is no finite number, the first is image "
+            f"{bad[0]}: weights are too large, or not finite; train the network anew, by smaller steps")
 
 
 def _checked_image_shape(shape):
