@@ -36,7 +36,7 @@ def main(argv=None):
     Returns
     -------
     int
-        Exit status: 0, 2 after an error of the user, 130 after Ctrl-C.
+        Exit status: 0, 2 after an error of the user or a training that diverged, 130 after Ctrl-C.
     """
     arguments = parser().parse_args(argv)
     try:
@@ -44,7 +44,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("rso-numba: interrupted; nothing more was written", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, kernels.GpuError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, kernels.GpuError) as error:
         print("rso-numba: error:", " ".join(str(error).split()), file=sys.stderr)  # on one line
         return 2
 
@@ -212,10 +212,12 @@ def compare(arguments):
         seed=arguments.seed, out=arguments.out, progress=not arguments.no_progress)
     print(experiments.table(result.histories.values()))
     print("wrote", ", ".join(map(str, result.files)) or "nothing")
+    if result.diverged:
+        print("rso-numba: error:", "; ".join(result.diverged.values()), file=sys.stderr)
     if result.interrupted is not None:
         print("rso-numba:", result.interrupted, file=sys.stderr)
         return 130
-    return 0
+    return 2 if result.diverged else 0
 
 
 def _set_threads(threads):
