@@ -216,7 +216,7 @@ class Network(KeepsArrays):
             If logits are NaN or infinite: they name no class.
         """
         logits = self.forward(images, backend)
-        _check_images_finite(logits, "logits")
+        _check_images_finite(logits, "logits that are")
         return logits.argmax(axis=1)
 
     def evaluate(self, images, labels, backend="cpu"):
@@ -245,7 +245,7 @@ class Network(KeepsArrays):
         logits = self.forward(images, backend)
         with np.errstate(over="ignore", invalid="ignore"):  # told below
             each = losses.cross_entropy(logits, labels)
-        _check_images_finite(each, "a loss")
+        _check_images_finite(each, "a loss that is")
         return float(each.mean(dtype=np.float64)), losses.accuracy(logits, labels)
 
     def calibrate(self, images, backend="cpu"):
@@ -381,7 +381,7 @@ def _check_images_finite(numbers, what):
     bad = np.flatnonzero(~np.isfinite(numbers.reshape(len(numbers), -1)).all(axis=1))
     if len(bad):
         raise FloatingPointError(
-            f"{len(bad)} of {len(numbers)} images have {what} that is no finite number, the first is image "
+            f"{len(bad)} of {len(numbers)} images have {what} not finite, the first is image "
             f"{bad[0]}: weights are too large, or not finite; train the network anew, by smaller steps")
 
 
