@@ -40,7 +40,7 @@ def main(argv=None):
     -------
     int
         Exit status: 0; 1 if all was computed and written, but a picture could not be drawn or the output not
-        be printed; 2 after an error of the user; 130 after Ctrl-C.
+        be printed; 2 after an error of the user or a training that diverged; 130 after Ctrl-C.
     """
     arguments = parser().parse_args(argv)
     with warnings.catch_warnings():
@@ -254,9 +254,13 @@ def compare(arguments):
         seed=arguments.seed, out=arguments.out, progress=not arguments.no_progress,
         report=lambda result: failed.append(_show(experiments.table(result.histories.values()))))
     failed.append(_show(f"wrote {', '.join(map(str, result.files)) or 'nothing'}"))
+    if result.diverged:
+        _note(f"error: {'; '.join(result.diverged.values())}")
     if result.interrupted is not None:
         _note(result.interrupted)
         return 130
+    if result.diverged:
+        return 2
     failed.append(Path(arguments.out, "compare.png") not in result.files)
     return int(any(failed))
 

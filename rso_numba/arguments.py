@@ -59,3 +59,12 @@ def generator(rng):
     except (TypeError, ValueError):
         problem = ValueError if isinstance(rng, numbers.Integral) else TypeError
         raise problem(f"rng is {rng!r}; {expected}") from None
+
+
+def checked_image_shape(shape):
+    """Return (C, H, W) as a tuple of int, or raise a ValueError that says what is wrong with it."""
+    sizes = tuple(shape) if np.iterable(shape) else ()
+    if len(sizes) != 3:
+        raise ValueError(f"image_shape is {shape!r}; expected three positive whole numbers: (channels, "
+                         "height, width)")
+    return tuple(whole_number(size, f"image_shape[{i}]") for i, size in enumerate(sizes))

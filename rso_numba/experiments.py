@@ -29,12 +29,15 @@ class Comparison:
         What was written. compare.png is missing if it could not be drawn.
     interrupted : str or None
         If Ctrl-C ended the training early: where it stopped.
+    diverged : dict
+        By solver: why its training ended early, if its loss was not finite any more.
     """
 
     networks: dict
     histories: dict
     files: list = field(default_factory=list)
     interrupted: str | None = None
+    diverged: dict = field(default_factory=dict)
 
 
 def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *, sgd_epochs=30,
@@ -84,6 +87,7 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     -----
     Ctrl-C during the training raises nothing: what was learnt so far is written and returned, see
     `Comparison.interrupted`. It is also written before a GpuError is raised.
+    A training that diverges does not stop the other one, see `Comparison.diverged`.
     """
     whole_number(seed, "seed", 0)
     settings = presets.resolve(preset)
@@ -103,7 +107,11 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
         "rso": partial(rso.train, networks["rso"], data, rounds, batch_size, settings)}
     try:
         for solver, train in trainings.items():
-            train(backend=backend, rng=_generator(seed), progress=progress, history=result.histories[solver])
+            try:
+                train(backend=backend, rng=_generator(seed), progress=progress,
+                      history=result.histories[solver])
+            except FloatingPointError as error:  # the other solver goes on
+                result.diverged[solver] = str(error)
     except KeyboardInterrupt:
         result.interrupted = _where(result)
         # BatchNorm's statistics at hand are of the round before

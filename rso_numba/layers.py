@@ -14,12 +14,14 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from .arguments import number_below, whole_number
+from .arrays import KeepsArrays
 
 RUNNING_MOMENTUM = 0.1  # of BatchNorm's running statistics in training, as in the notebook
+OF_ITS_OWN = "give every place in a network a layer of its own, such as copy.deepcopy(layer)"
 
 
 @dataclass(eq=False)
-class Layer:
+class Layer(KeepsArrays):
     """Base of all layers. Fields of a subclass are the arguments that describe it in a file."""
 
     name = ""  # "conv1", "conv2", ...: given by the network
@@ -27,9 +29,22 @@ class Layer:
     buffer_names = ()  # arrays that belong to the layer but are not trained
     is_linear = False  # convolution or dense: every input channel reaches every output channel
     in_shortcut = False  # does it stand in the shortcut of a Residual?
+    in_network = False  # has a network named it and given it its arrays?
+
+    @property
+    def kept_arrays(self):
+        """Names of all arrays: to assign to one copies numbers into it."""
+        return *self.parameter_names, *self.buffer_names
+
+    def __getstate__(self):
+        # a copy is in no network (unless its network is copied, which says so again)
+        return {name: value for name, value in vars(self).items() if name != "in_network"}
 
     def leaves(self, shape):
-        """Yield (layer, input shape) of the layers that hold weights: this one, or those inside it."""
+        """Yield (layer, input shape) of layers that hold weights, in no network yet: this, or those inside."""
+        if self.in_network:
+            raise ValueError(f"{self} is in another network; {OF_ITS_OWN}")
+        self.in_shortcut = False  # unless the Residual around it says so
         yield self, shape
 
     def parameter_shapes(self, shape):

@@ -10,18 +10,19 @@ from pathlib import Path
 import numpy as np
 
 from . import kernels, losses
-from .arguments import generator, whole_number
+from .arguments import checked_image_shape, generator, whole_number
+from .arrays import KeepsArrays, fitting
 from .datasets import check_images, check_labels
 from .files import read_npz, written_beside
-from .layers import KINDS, BatchNorm, Standardize, chain_leaves, chain_output_shape
+from .layers import KINDS, OF_ITS_OWN, BatchNorm, Standardize, chain_leaves, chain_output_shape
 from .passes import Pass
 
 FORMAT = 1  # of the files that networks are saved in
 FORWARD_IMAGES = 256  # that pass through the network at once: few enough for activations to stay in the cache
 
 
-@dataclass(frozen=True, eq=False)
-class Parameter:
+@dataclass(eq=False)
+class Parameter(KeepsArrays):
     """A named array of weights.
 
     Parameters
@@ -29,12 +30,13 @@ class Parameter:
     layer, name : str
         Such as "conv1" and "weight".
     value : ndarray
-        The weights themselves: a view of `Network.weights`. Writing to it changes the network.
+        The weights themselves: a view of `Network.weights`. Writing or assigning to it changes the network.
     """
 
     layer: str
     name: str
     value: np.ndarray
+    kept_arrays = ("value",)
 
     def __str__(self):
         return f"{self.layer}.{self.name}"
@@ -45,14 +47,14 @@ class Parameter:
         return self.value[0].size if self.value.ndim > 1 else 1
 
 
-class Network:
-    """A chain of layers from images to logits.
+class Network(KeepsArrays):
+    """A chain of layers from images to logits. A copy of it (`copy`, `pickle`) shares nothing with it.
 
     Parameters
     ----------
     layers : list of Layer
         In the order that images pass them. Their weights are created here, filled with zeros
-        (gamma with ones); `initialize` draws them.
+        (gamma with ones); `initialize` draws them. A layer can be in one network only, and once.
     image_shape : tuple of int
         (C, H, W).
     n_classes : int
@@ -65,23 +67,31 @@ class Network:
     Attributes
     ----------
     weights : ndarray (n_weights,)
-        All weights, layer by layer from the input. Each `Parameter.value` is a view of it.
+        All weights, layer by layer from the input. Each `Parameter.value`, and the array of its layer,
+        is a view of it. Assigning to any of them (`network.weights = array`) copies numbers into it.
 
     Raises
     ------
     ValueError
-        If the images are too small for the layers or the last layer has not `n_classes` outputs.
+        If the images are too small for the layers, the last layer has not `n_classes` outputs, or a layer
+        is in another network or here twice.
     """
+
+    kept_arrays = ("weights",)
 
     def __init__(self, layers, image_shape, n_classes, name="custom", dtype=np.float32):
         self.layers, self.name = list(layers), name
-        self.image_shape = _checked_image_shape(image_shape)
+        self.image_shape = checked_image_shape(image_shape)
         self.n_classes = whole_number(n_classes, "n_classes")
         self.leaves, shapes, shape, counted = [], [], self.image_shape, Counter()
         for leaf, leaf_shape in chain_leaves(self.layers, shape):
+            if leaf in counted:
+                raise ValueError(f"{leaf} is here twice; {OF_ITS_OWN}")
             kind = "shortcut_" * leaf.in_shortcut + type(leaf).__name__.removesuffix("2D").lower()
-            counted[kind] += 1
+            counted.update((kind, leaf))
             leaf.name = f"{kind}{counted[kind]}"
+            for name in leaf.kept_arrays:  # of a layer that was copied out of a network
+                vars(leaf).pop(name, None)
             leaf.allocate_buffers(leaf_shape)
             self.leaves.append(leaf)
             shapes += [(leaf, *item) for item in leaf.parameter_shapes(leaf_shape).items()]
@@ -89,14 +99,24 @@ class Network:
         if shape != (self.n_classes,):
             raise ValueError(f"the last layer gives {shape} numbers an image; expected ({self.n_classes},)")
         self.weights = np.zeros(sum(math.prod(s) for _, _, s in shapes), dtype)
-        self._parameters, start = [], 0
-        for leaf, parameter_name, parameter_shape in shapes:
-            stop = start + int(np.prod(parameter_shape))
-            view = self.weights[start:stop].reshape(parameter_shape)
-            view[...] = parameter_name == "gamma"
-            setattr(leaf, parameter_name, view)
-            self._parameters.append(Parameter(leaf.name, parameter_name, view))
-            start = stop
+        self._parameters = [Parameter(leaf.name, name, np.empty(s, dtype)) for leaf, name, s in shapes]
+        self._make_views()
+        for parameter in self._parameters:
+            parameter.value[...] = parameter.name == "gamma"
+
+    def _make_views(self):
+        """Make the arrays of parameters and layers views of the one vector of weights."""
+        leaves, views = {leaf.name: leaf for leaf in self.leaves}, self.views(self.weights)
+        for parameter in self._parameters:
+            view = views[str(parameter)]
+            vars(parameter)["value"] = vars(leaves[parameter.layer])[parameter.name] = view
+        for leaf in self.leaves:
+            leaf.in_network = True
+
+    def __setstate__(self, state):
+        # a copy, or what pickle or joblib has read: its arrays are no views, and may be read-only
+        vars(self).update(state, weights=np.array(state["weights"]))
+        self._make_views()
 
     def __repr__(self):
         return f"Network({self.name!r}, image_shape={self.image_shape}, n_weights={self.n_weights})"
@@ -190,8 +210,18 @@ class Network:
         return np.concatenate(logits)
 
     def predict(self, images, backend="cpu"):
-        """Return the most probable class of each image, (N,) int64."""
-        return self.forward(images, backend).argmax(axis=1)
+        """Return the most probable class of each image, (N,) int64.
+
+        Raises
+        ------
+        ValueError, TypeError, GpuError
+            See `forward`.
+        FloatingPointError
+            If logits are NaN or infinite: they name no class.
+        """
+        logits = self.forward(images, backend)
+        _check_images_finite(logits, "logits that are")
+        return logits.argmax(axis=1)
 
     def evaluate(self, images, labels, backend="cpu"):
         """Return mean cross-entropy and accuracy on labelled images.
@@ -210,13 +240,17 @@ class Network:
         ------
         ValueError, TypeError
             If images or labels do not fit the network, or each other.
+        FloatingPointError
+            If the loss of an image is NaN or infinite.
         GpuError
             See `forward`.
         """
         labels = check_labels(labels, self.n_classes, len(images))
         logits = self.forward(images, backend)
-        loss = losses.cross_entropy(logits, labels).mean(dtype=np.float64)
-        return float(loss), losses.accuracy(logits, labels)
+        with np.errstate(over="ignore", invalid="ignore"):  # told below
+            each = losses.cross_entropy(logits, labels)
+        _check_images_finite(each, "a loss that is")
+        return float(each.mean(dtype=np.float64)), losses.accuracy(logits, labels)
 
     def calibrate(self, images, backend="cpu"):
         """Store the statistics of `images` in every BatchNorm, layer by layer (the authors' way).
@@ -230,11 +264,19 @@ class Network:
         ------
         ValueError, TypeError
             If the images have another shape or hold NaN or infinite pixels.
+        FloatingPointError
+            If the statistics are not finite. Those that were stored stay.
         GpuError
             See `forward`.
         """
         images, k = check_images(images, self.image_shape), kernels.backend(backend)
+        before = {name: array.copy() for name, array in self.state().items()}
         self.propagate(k.pack(images), Pass(k, len(images), batch_statistics=True, momentum=1.0))
+        try:
+            self.check_finite()
+        except FloatingPointError:
+            self.set_state(before)
+            raise
 
     def state(self):
         """Return all weights and buffers as a dict of arrays (views, not copies)."""
@@ -243,21 +285,46 @@ class Network:
             state.update({f"{leaf.name}.{name}": getattr(leaf, name) for name in leaf.buffer_names})
         return state
 
+    def check_finite(self):
+        """Raise FloatingPointError if a weight, or a number in a buffer, is NaN or infinite."""
+        for name, array in self.state().items():
+            bad = np.argwhere(~np.isfinite(array))
+            if len(bad):
+                first = tuple(bad[0].tolist())
+                raise FloatingPointError(
+                    f"{name} holds {len(bad)} NaN or infinite numbers (the first is {array[first]} at index "
+                    f"{first}); build the network anew, or load one")
+
     def set_state(self, state):
         """Copy weights and buffers from a dict such as `state` returns.
 
         Raises
         ------
         KeyError
-            If the dict lacks one of them. Those before it have been copied then.
-        ValueError
-            If an array cannot be broadcast to the shape of its place. Those before it have been copied then.
+            If the dict lacks one of them, or has one that the network has not.
+        ValueError, TypeError
+            If an array has another shape, or a dtype that is no kind of its place's. In all these cases
+            nothing has been copied.
         """
-        for name, array in self.state().items():
-            array[...] = state[name]
+        own = self.state()
+        for names, what in ((own.keys() - state.keys(), "lacks"), (state.keys() - own.keys(), "has unknown")):
+            if names:
+                raise KeyError(f"the state {what} {', '.join(sorted(names))}; expected {', '.join(own)}")
+        arrays = {name: fitting(state[name], place, name) for name, place in own.items()}
+        for name, place in own.items():
+            place[...] = arrays[name]
 
     def save(self, path):
-        """Write the network to `path` (.npz): weights, buffers and the description of its layers."""
+        """Write the network to `path` (.npz): weights, buffers and the description of its layers.
+
+        Raises
+        ------
+        ValueError
+            If `path` does not end in .npz.
+        FloatingPointError
+            If a weight is NaN or infinite: such a network cannot be loaded.
+        """
+        self.check_finite()
         description = {
             "format": FORMAT,
             "name": self.name,
@@ -280,7 +347,8 @@ class Network:
         FileNotFoundError, IsADirectoryError, PermissionError
             If there is no such file, or it cannot be read.
         ValueError
-            If the file is damaged or is not a saved network; the message says why.
+            If the file is damaged, holds weights that are NaN or infinite, or is not a saved network; the
+            message says why.
         """
         with open(path, "rb") as file:
             try:
@@ -291,20 +359,18 @@ class Network:
 
     @classmethod
     def _restored(cls, saved):
-        description = json.loads(str(saved["description"]))
+        description = json.loads(str(saved.pop("description")))
         if description["format"] != FORMAT:
             raise ValueError(f"its format is {description['format']!r}; this rso_numba reads {FORMAT}")
         layers = [_layer(arguments) for arguments in description["layers"]]
-        image_shape = _checked_image_shape(description["image_shape"])
+        image_shape = checked_image_shape(description["image_shape"])
         # what the layers ask memory for has to be in the file
         needed = sum(_n_numbers(*leaf) for leaf in chain_leaves(layers, image_shape))
         if needed > sum(array.nbytes for array in saved.values()):
             raise ValueError(f"its layers need {needed} numbers, which are not in it")
         network = cls(layers, image_shape, description["n_classes"], str(description["name"]))
-        for name, array in network.state().items():
-            if saved[name].shape != array.shape:
-                raise ValueError(f"{name} has shape {saved[name].shape}; expected {array.shape}")
-            np.copyto(array, saved[name], casting="same_kind")
+        network.set_state(saved)
+        network.check_finite()
         return network
 
 
@@ -323,9 +389,10 @@ def _layer(description):
     return KINDS[kind](**(arguments | branches))
 
 
-def _checked_image_shape(shape):
-    sizes = tuple(shape) if np.iterable(shape) else ()
-    if len(sizes) != 3:
-        raise ValueError(f"image_shape is {shape!r}; expected three positive whole numbers: (channels, "
-                         "height, width)")
-    return tuple(whole_number(size, f"image_shape[{i}]") for i, size in enumerate(sizes))
+def _check_images_finite(numbers, what):
+    # numbers (N, ...), some of each image
+    bad = np.flatnonzero(~np.isfinite(numbers.reshape(len(numbers), -1)).all(axis=1))
+    if len(bad):
+        raise FloatingPointError(
+            f"{len(bad)} of {len(numbers)} images have {what} not finite, the first is image "
+            f"{bad[0]}: weights are too large, or not finite; train the network anew, by smaller steps")

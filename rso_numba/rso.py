@@ -17,6 +17,7 @@ this package say *round*.) What the paper, its authors' code and the notebook do
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from math import isfinite
 from time import perf_counter
 from typing import Any
 
@@ -162,6 +163,9 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
     ------
     ValueError, TypeError
         At once, if an argument is unknown, out of range, or does not fit the data.
+    FloatingPointError
+        At once, if weights are NaN or infinite. Later, if no loss of a trial is finite, or that of an
+        infinite weight is the smallest: the message names the trial, whose weight stays as it was.
 
     Notes
     -----
@@ -171,6 +175,7 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
     settings = presets.resolve(preset, **overrides)
     check_training(network, data, rounds, batch_size, "rounds")
     rng = generator(rng)
+    network.check_finite()
     if evaluator is None:
         momentum = RUNNING_MOMENTUM if settings.test_statistics == "running" else 0.0
         fixed = data.train_images[:CALIBRATION_IMAGES] if settings.search_statistics == "fixed" else None
@@ -180,7 +185,25 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
                      rng=rng, visits=visits)
     # a GPU takes from this loop what is drawn, and decides many trials at once: see `evaluators`
     decides = hasattr(evaluator, "decide")
-    return evaluator.decide(search, settings.decay) if decides else search(evaluator)
+    return checked(evaluator.decide(search, settings.decay) if decides else search(evaluator), network)
+
+
+def checked(stream, network):
+    """Yield the trials of a search; raise FloatingPointError at one that leaves no finite loss or weight."""
+    values = {(p.layer, p.name): p.value for p in network.parameters()}
+    for trial in stream:
+        after, several = trial.after, isinstance(trial.after, np.ndarray)
+        # a loss that is not finite loses: if w was kept in spite of that, all three are not
+        decided = trial.accepted or isfinite(trial.losses[0])
+        if not decided or not (np.isfinite(after).all() if several else isfinite(after)):
+            values.get((trial.layer, trial.parameter), network.weights)[trial.index] = trial.before
+            problem = "an infinite weight has the smallest loss" if decided else "no loss is finite"
+            at = f" at {trial.index}" if np.size(trial.index) < 5 else ""  # a layer has many
+            raise FloatingPointError(
+                f"RSO, round {trial.round}, {trial.layer}.{trial.parameter}{at}: "
+                f"{problem} {trial.losses}; the weight stays as it was. Begin with smaller weights or give a "
+                "smaller sigma")
+        yield trial
 
 
 def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluation="delta",
@@ -208,14 +231,15 @@ def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluati
     ------
     ValueError, TypeError
         See `trials`.
+    FloatingPointError
+        See `trials`; or if, after a round, the loss of an image is not finite.
     """
     settings = presets.resolve(preset, **overrides)
     history = History("rso") if history is None else history
     stream = trials(network, data, rounds, batch_size, settings, evaluation=evaluation,
                     backend=backend, evaluator=evaluator, rng=rng)
     per_round = n_visits(network, settings)
-    calibrate(network, data, settings, backend)
-    history.end_round(network, data, backend)
+    _end_round(history, network, data, settings, backend)
     with ProgressBar(rounds * per_round, "weight", "RSO", progress) as bar:
         for _ in range(rounds):
             begin = perf_counter()
@@ -223,10 +247,17 @@ def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluati
                 history.add_trial(trial, 3 * min(batch_size, len(data.train_images)), track_trials)
                 bar.update()
             history.seconds += perf_counter() - begin
-            calibrate(network, data, settings, backend)
-            history.end_round(network, data, backend)
+            _end_round(history, network, data, settings, backend)
             bar.set_postfix_str(f"test accuracy {history.rounds[-1].test_accuracy:.3f}")
     return history
+
+
+def _end_round(history, network, data, settings, backend):
+    try:
+        calibrate(network, data, settings, backend)
+        history.end_round(network, data, backend)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"RSO, after round {len(history.rounds)}: {error}") from error
 
 
 def calibrate(network, data, settings, backend):

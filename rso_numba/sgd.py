@@ -1,5 +1,6 @@
 """Stochastic gradient descent, for comparison: backpropagation and the update of all weights."""
 
+from math import isfinite
 from time import perf_counter
 
 import numpy as np
@@ -8,7 +9,7 @@ from . import kernels
 from .arguments import generator, number_below
 from .datasets import check_images, check_labels, check_training
 from .history import History
-from .layers import RUNNING_MOMENTUM
+from .layers import RUNNING_MOMENTUM, BatchNorm
 from .passes import Pass
 from .progress import ProgressBar
 
@@ -54,6 +55,41 @@ def _step(network, images, labels, k, velocity, learning_rate, momentum, weight_
     network.weights -= np.float32(learning_rate) * velocity
 
 
+class _LastFinite:
+    """Gives a network its last weights with a finite loss back if a FloatingPointError leaves the context."""
+
+    def __init__(self, network):
+        statistics = [getattr(leaf, name) for leaf in network.leaves if isinstance(leaf, BatchNorm)
+                      for name in leaf.buffer_names]
+        self.arrays = [network.weights, *statistics]
+        self.copies = [[array.copy() for array in self.arrays] for _ in range(2)]  # of the last two steps
+        self.place = "before the training"
+
+    def keep(self, place):
+        """Copy the network before a step; `place` names the step in the message."""
+        self.place = place
+        self.copies.reverse()
+        for array, copied in zip(self.arrays, self.copies[1], strict=True):
+            copied[...] = array
+
+    def check(self):
+        """Raise FloatingPointError if the gradient of a step, and so its loss, was not finite."""
+        # squares of huge numbers are infinite too, but adding up is ten times as quick as looking at each
+        total = sum(float(np.vdot(array, array)) for array in self.arrays)
+        if not isfinite(total) and not np.isfinite(np.concatenate(self.arrays)).all():
+            raise FloatingPointError("the loss is not finite")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, FloatingPointError):
+            for array, copied in zip(self.arrays, self.copies[0], strict=True):
+                array[...] = copied
+            raise FloatingPointError(f"SGD, {self.place}: {error}; the network has the weights of the step "
+                                     "before, whose loss was finite. Try a smaller learning_rate") from error
+
+
 def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=0.0, *,
           weight_decay=0.0, validation_fraction=0.0, backend="cpu", rng=None, progress=False,
           history=None):
@@ -91,8 +127,12 @@ def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=
     ------
     ValueError, TypeError
         If an argument is out of range or does not fit the data.
+    FloatingPointError
+        If a loss is NaN or infinite; the message says in which epoch and step. The network then has the
+        weights of the step before, the last whose loss was finite.
     """
     check_training(network, data, epochs, batch_size, "epochs")
+    network.check_finite()
     _check(learning_rate, momentum, weight_decay, validation_fraction)
     rng, k = generator(rng), kernels.backend(backend)
     network.fit_scaling(data.train_images)
@@ -105,12 +145,15 @@ def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=
     history.end_round(network, data, backend)
     velocity, best_loss, best_state = np.zeros_like(network.weights), np.inf, None
     settings, steps = (learning_rate, momentum, weight_decay), -(-len(order) // batch_size)
-    with ProgressBar(epochs * steps, "step", "SGD", progress) as bar:
-        for _ in range(epochs):
+    with (ProgressBar(epochs * steps, "step", "SGD", progress) as bar,
+          np.errstate(over="ignore", invalid="ignore"), _LastFinite(network) as last_finite):
+        for epoch in range(1, epochs + 1):
             begin, order = perf_counter(), rng.permutation(order)
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
+            for step in range(steps):
+                chosen = order[step * batch_size : (step + 1) * batch_size]
+                last_finite.keep(f"epoch {epoch}, step {step + 1} of {steps}")
                 _step(network, data.train_images[chosen], data.train_labels[chosen], k, velocity, *settings)
+                last_finite.check()
                 history.add_step(len(chosen), network.n_weights)
                 bar.update()
             history.seconds += perf_counter() - begin

@@ -130,7 +130,7 @@ def sigmas(network, rule, rng):
     Raises
     ------
     ValueError
-        If a layer would get sigma = 0, so that no step could ever change it.
+        If a layer would get sigma = 0, so that no step could ever change it, or one that is NaN or infinite.
     """
     sigma, pool, joined = {}, np.empty(0), joined_by_shortcuts(network.layers)
     for leaf in network.leaves:
@@ -152,9 +152,11 @@ def sigmas(network, rule, rng):
                 sigma[str(p)] = float(pool.std(ddof=1))  # as Julia's std
             else:
                 sigma[str(p)] = float(rule)
-            if not sigma[str(p)] > 0:
+            if not 0 < sigma[str(p)] < np.inf:
+                reason = ("all its weights are equal" if sigma[str(p)] == 0 else
+                          "there is only one weight to measure, or the squares of its weights overflow")
                 raise ValueError(
-                    f"sigma of layer {p.layer} is {sigma[str(p)]}, because all its weights are equal; "
+                    f"sigma of layer {p.layer} is {sigma[str(p)]}, because {reason}; "
                     "give sigma as a number, or sigma='fan_in'"
                 )
     return sigma

@@ -285,6 +285,18 @@ def test_huge_steps_lose_or_win_as_in_full(step):
         assert choice == expected_choice
 
 
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_a_trial_without_a_finite_loss_ends_the_search(monkeypatch):
+    monkeypatch.setattr(cuda, "GROUP", 2)
+    network = _network("one_conv")
+    network.weights *= np.float32(1e30)
+    before = network.weights.copy()
+    stream = rso.trials(network, _data(FEW), 1, FEW, "notebook", backend="cuda", rng=0)
+    with pytest.raises(FloatingPointError, match=r"round 1, dense1.weight at \(0, 0\): no loss is finite"):
+        next(stream)
+    np.testing.assert_array_equal(network.weights, before)
+
+
 def test_who_evaluates():
     chain, flat = _network("one_conv"), Network([Conv2D(3), Flatten(), Dense(3), ReLU()], (1, 2, 2), 3)
     by_pixel = Network([Conv2D(1), Flatten(), BatchNorm(), Dense(3)], (1, 2, 2), 3)

@@ -182,6 +182,19 @@ def test_a_failing_gpu_leaves_the_network_so_far(monkeypatch, capsys, tmp_path):
 # ---- errors ----
 
 
+def test_a_solver_that_diverges_leaves_the_other_its_result(finished, capsys, tmp_path):
+    arguments = ["--rounds", "1", "--epochs", "2", "--seed", "3", "--learning-rate", "1e20"]
+    assert main([*QUICK, *arguments, "--out", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and err.startswith("rso-numba: error: SGD, epoch 1, step ")
+    assert "the loss is not finite" in err and "smaller learning_rate" in err
+    assert out.startswith("| solver") and {path.name for path in tmp_path.iterdir()} == FILES
+    assert [row["round"] for row in rows_of(tmp_path / "sgd.csv")] == ["0"]
+    assert np.isfinite(models.Network.load(tmp_path / "sgd.npz").weights).all()
+    rows, expected = rows_of(tmp_path / "rso.csv"), rows_of(finished[0] / "rso.csv")
+    assert [row["test_loss"] for row in rows] == [row["test_loss"] for row in expected]
+
+
 @pytest.mark.parametrize("arguments, named", [
     (["--data", "letters"], "'letters'"),
     (["--model", "alexnet"], "'alexnet'"),

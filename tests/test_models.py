@@ -270,3 +270,45 @@ def test_a_filter_of_nothing_gives_exactly_its_bias(backend, rng):
     gradients = sgd.gradients(network, images, np.arange(17) % 10, backend)
     for a, b in zip(gradients, sgd.gradients(network, images, np.arange(17) % 10, "numpy"), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
+
+
+# ---- numbers that are not finite ----
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_nan_logits_name_no_class(backend, rng):
+    network, images = build("one_conv", (1, 8, 8), rng=0), rng.random((5, 1, 8, 8), np.float32)
+    images[:3] = 0
+    network.weights[:36], network.layers[-1].weight[...] = 1e30, 1e10  # an image of zeros meets neither
+    with pytest.raises(FloatingPointError, match="2 of 5 images have logits .* the first is image 3"):
+        network.predict(images, backend)
+    with pytest.raises(FloatingPointError, match="2 of 5 images have a loss .* the first is image 3"):
+        network.evaluate(images, [0] * 5, backend)
+    assert network.predict(images[:3], backend).shape == (3,)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_network_that_is_not_finite_is_neither_saved_nor_loaded(bad, tmp_path):
+    network, path = build("one_conv", (1, 8, 8), rng=0), tmp_path / "network.npz"
+    network.save(path)
+    former = path.read_bytes()
+    network.layers[1].weight[1, 0, 2, 1] = bad
+    message = rf"conv1\.weight holds 1 NaN or infinite numbers \(the first is {bad} at index \(1, 0, 2, 1\)\)"
+    with pytest.raises(FloatingPointError, match=message):
+        network.save(path)
+    assert path.read_bytes() == former
+    with np.load(path) as saved:
+        np.savez(path, **(dict(saved) | network.state()))
+    with pytest.raises(ValueError, match=message):
+        Network.load(path)
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_statistics_that_are_not_finite_are_not_stored(backend, rng):
+    network, images = build("original", (1, 8, 8), rng=0), rng.random((9, 1, 8, 8), np.float32)
+    network.calibrate(images, backend)
+    network.layers[1].weight[...] = 1e38
+    before = {name: array.tobytes() for name, array in network.state().items()}
+    with pytest.raises(FloatingPointError, match=r"batchnorm1\.running_.* holds 16 NaN or infinite"):
+        network.calibrate(images, backend)
+    assert {name: array.tobytes() for name, array in network.state().items()} == before

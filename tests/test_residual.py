@@ -1,5 +1,6 @@
 """Networks with skip connections: forward, gradients, files, the order of visits, and delta evaluation."""
 
+import copy
 from dataclasses import dataclass
 
 import naive
@@ -205,7 +206,7 @@ def test_which_statistics_are_fixed():
 ])
 @pytest.mark.parametrize("backend", ["cpu", "numpy"])
 def test_one_rule_for_what_delta_evaluation_cannot_do(layers, reason, backend):
-    network = Network(layers, networks.IMAGE_SHAPE, 3)
+    network = Network(copy.deepcopy(layers), networks.IMAGE_SHAPE, 3)
     with pytest.raises(NoDelta, match=reason):
         (DeltaForward if backend == "cpu" else PlainDeltaForward)(network)
     with pytest.warns(UserWarning, match=f"whole forward pass, because .*{reason}.*evaluation='full'"):
@@ -229,7 +230,8 @@ def test_layers_of_its_own_kind_are_refused():
 @pytest.mark.parametrize("layers", [
     [Conv2D(2), Flatten(), BatchNorm(), Dense(3)], [Conv2D(2), Flatten(), Dense(4), BatchNorm(), Dense(3)]])
 def test_batchnorm_of_features(layers, backend, rng):
-    network, images = Network(layers, networks.IMAGE_SHAPE, 3), rng.random((20, 1, 6, 5), np.float32)
+    network = Network(copy.deepcopy(layers), networks.IMAGE_SHAPE, 3)
+    images = rng.random((20, 1, 6, 5), np.float32)
     network.initialize("he", rng)
     network.calibrate(images, backend)
     logits = network.forward(images, backend)

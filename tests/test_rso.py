@@ -109,12 +109,12 @@ def test_smallest(losses, expected):
 def test_a_step_into_nan_is_never_kept(small, backend):
     network = build("one_conv", (1, 8, 8), rng=0)
     with np.errstate(all="ignore"):
-        trials = run(network, small, n=40, sigma=3e38, step="fixed", backend=backend)
+        # all images in a batch: what is kept is finite for the next one, too
+        trials = run(network, small, n=40, batch_size=70, sigma=3e38, step="fixed", backend=backend)
     assert not all(np.isfinite(t.losses).all() for t in trials)
     assert np.isfinite(network.weights).all()
     for trial in trials:
-        chosen = trial.losses[rso.CHOICES.index(trial.choice)]
-        assert np.isfinite(chosen) or (trial.choice == "keep" and not np.isfinite(trial.losses).any())
+        assert np.isfinite(trial.losses[rso.CHOICES.index(trial.choice)])
 
 
 def test_an_interrupted_trial_leaves_the_weight_as_it_was(small, monkeypatch):
@@ -215,3 +215,59 @@ def test_equal_weights_have_no_sigma(small):
     with pytest.raises(ValueError, match="sigma of layer dense1 is 0.0, because all its weights are equal"):
         run(network, small)
     assert run(network, small, n=1, sigma=0.1)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_not_searched(bad, small):
+    network = build("one_conv", (1, 8, 8), rng=0)
+    network.weights[1] = bad
+    with pytest.raises(FloatingPointError, match=r"conv1.weight holds 1 NaN or .* at index \(0, 0, 0, 1\)"):
+        rso.trials(network, small, 1, 20)
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+@pytest.mark.parametrize("evaluation, unit, where", [
+    ("delta", "weight", r"dense1.weight at \(0, 0\)"), ("full", "weight", r"dense1.weight at \(0, 0\)"),
+    ("full", "filter", "dense1.weight at 0"), ("full", "layer", "dense1.weights"),
+])
+def test_a_trial_without_a_finite_loss_ends_the_search(evaluation, unit, where, small, backend):
+    network = build("one_conv", (1, 8, 8), rng=0)
+    network.weights *= np.float32(1e30)
+    before = network.weights.copy()
+    arguments = dict(sigma="fan_in", evaluation=evaluation, unit=unit, backend=backend, weight_decay=0.1)
+    with pytest.raises(FloatingPointError, match=rf"round 1, {where}: no loss is finite \(nan, nan, nan\)"):
+        run(network, small, **arguments)
+    with pytest.raises(FloatingPointError, match="RSO, after round 0: 70 of 70 images have a loss"):
+        rso.train(network, small, 1, 20, **arguments)
+    np.testing.assert_array_equal(network.weights, before)
+
+
+class AlwaysPlus:
+    """An evaluator that finds w + Delta best, whatever it is."""
+
+    def set_batch(self, images, labels, key=None):
+        pass
+
+    def losses(self, parameter, index, candidates):
+        return np.array([2.0, 1.0, 3.0])
+
+    def keep(self, parameter, index, value):
+        parameter.value[index] = value
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("unit", ["weight", "filter", "network"])
+def test_a_weight_never_becomes_infinite(unit, small):
+    network = build("one_conv", (1, 8, 8), rng=0)
+    with pytest.raises(FloatingPointError, match="RSO, round .*an infinite weight has the smallest loss"):
+        run(network, small, rounds=50, sigma=1e38, unit=unit, evaluator=AlwaysPlus())
+    assert np.isfinite(network.weights).all()
+    assert unit == "network" or np.abs(network.weights).max() > 1e37  # whose first step is too long
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_weights_whose_squares_overflow_have_no_sigma(small):
+    network = build("one_conv", (1, 8, 8), rng=0)
+    network.weights *= np.float32(1e25)
+    with pytest.raises(ValueError, match="sigma of layer .* is (inf|nan), because .*squares .* overflow"):
+        run(network, small)

@@ -143,3 +143,38 @@ def test_bad_batches(small):
         sgd.gradients(network, small.train_images[:1], [11])
     with pytest.raises(ValueError, match="shape"):
         sgd.gradients(network, small.train_images[:2], [1])
+
+
+@pytest.mark.parametrize("name", ["one_conv", "original"])
+@pytest.mark.parametrize("validation_fraction", [0.0, 0.2])
+def test_a_loss_that_is_not_finite_ends_the_training(name, validation_fraction, small, backend, monkeypatch):
+    network, states, gradients = build(name, (1, 8, 8), rng=0), [], sgd._gradients
+
+    def recording(network, *arguments):
+        states.append({name: array.copy() for name, array in network.state().items()})
+        return gradients(network, *arguments)
+
+    monkeypatch.setattr(sgd, "_gradients", recording)
+    message = r"SGD, epoch \d, step \d of [67]: the loss is not finite; .*Try a smaller learning_rate"
+    with pytest.raises(FloatingPointError, match=message):
+        sgd.train(network, small, 9, 10, 1e5, 0.9, validation_fraction=validation_fraction, rng=0,
+                  backend=backend)
+    assert len(states) > 2
+    for array_name, array in network.state().items():  # of the step before, whose loss was finite
+        np.testing.assert_array_equal(array, states[-2][array_name])
+        assert np.isfinite(array).all()
+
+
+def test_a_loss_that_is_not_finite_after_an_epoch_ends_it_too(small):
+    network = build("one_conv", (1, 8, 8), rng=0)
+    before = network.weights.copy()
+    with pytest.raises(FloatingPointError, match=r"SGD, epoch 1, step 1 of 1: 70 of 70 images have a loss"):
+        sgd.train(network, small, 2, 70, 1e36, rng=0, backend="numpy")
+    np.testing.assert_array_equal(network.weights, before)
+
+
+def test_weights_that_are_not_finite_are_not_trained(small):
+    network = build("one_conv", (1, 8, 8), rng=0)
+    network.weights[1] = np.nan
+    with pytest.raises(FloatingPointError, match=r"conv1.weight holds 1 NaN .* at index \(0, 0, 0, 1\)"):
+        sgd.train(network, small)
