@@ -41,7 +41,7 @@ class Layer(KeepsArrays):
         return {name: value for name, value in vars(self).items() if name != "in_network"}
 
     def leaves(self, shape):
-        """Yield (layer, input shape) of layers that hold weights, in no network yet: this, or those inside."""
+        """Yield (layer, input shape) of layers with weights, in no network yet: this one, or its parts."""
         if self.in_network:
             raise ValueError(f"{self} is in another network; {OF_ITS_OWN}")
         self.in_shortcut = False  # unless the Residual around it says so
