@@ -34,7 +34,12 @@ def formula(function):
 
 
 def kernel(function):
-    """Compile a function that works in one thread, usually on one block of images."""
+    """Compile a function that works in one thread, usually on one block of images.
+
+    A kernel that calls another contains a copy of it, but a process that has compiled both may run the other
+    itself. The compiler may have ordered a sum differently in the two: a loop that adds up numbers and is
+    called from several kernels is better a `formula`, which gives the same bits in every process.
+    """
     return _compile(function, parallel=False)
 
 

@@ -35,9 +35,10 @@ def cross_entropy_blocks(logits, labels, losses):
             losses[n] = image_loss(logits[b, labels[n], lane], largest, total)
 
 
-@kernel
+@formula
 def softmax_sums(logits, lane):
-    # logits (n_classes, LANES) -> the largest of a lane, and the sum of exp(logit - largest)
+    """Return the largest logit of a lane, and the sum of exp(logit - largest)."""
+    # logits (n_classes, LANES)
     largest = logits[0, lane]
     for k in range(1, logits.shape[0]):
         largest = maximum(largest, logits[k, lane])
