@@ -1,11 +1,9 @@
 """The `cuda` backend: its suite in processes of its own, and what is said where it cannot run."""
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,20 +12,18 @@ import pytest
 from rso_numba import kernels, models
 from rso_numba.__main__ import main
 
-SUITES = "cuda_suite.py", "cuda_search_suite.py"
+
+def test_suites_in_the_simulator(simulated):
+    process, output = simulated  # begun with the first of all tests, because it takes minutes of one core
+    assert process.wait() == 0, output.read_text()
 
 
-@pytest.mark.parametrize("suite", SUITES)
-@pytest.mark.parametrize("where", ["simulator", "GPU"])
-def test_suite(where, suite):
-    """Run a suite of tests. The simulator has to be chosen before Numba is imported."""
-    if where == "GPU" and (problem := kernels.gpu_problem()):
+def test_suites_on_the_gpu(start_suites, tmp_path):
+    if problem := kernels.gpu_problem():
         pytest.skip(f"no GPU to run on: {problem}")
-    environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": str(int(where == "simulator"))}
-    path = Path(__file__).with_name(suite)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
-    run = subprocess.run(command, env=environment, cwd=path.parents[1], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    with open(tmp_path / "output", "w") as output:
+        process = start_suites("GPU", output)
+    assert process.wait() == 0, (tmp_path / "output").read_text()
 
 
 def test_nothing_else_imports_cuda():
