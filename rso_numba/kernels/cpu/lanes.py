@@ -8,15 +8,16 @@ AVX-512 or two of AVX2. A position names all axes of an array but the last, whic
 
 import numba
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import config, types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
 # Whether 16 values of type Lanes fit into the registers: AVX-512 has 32 of 16 float32, AVX2 16 of 8, NEON 32
 # of 4. (NUMBA_CPU_FEATURES says what to compile for, if not for this machine.)
-WIDE = "+avx512f" in (config.CPU_FEATURES or binding.get_host_cpu_features().flatten())
+WIDE = "+avx512f" in (get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES)
 
 
 class Lanes(types.Type):
