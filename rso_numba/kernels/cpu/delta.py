@@ -171,47 +171,48 @@ def add_taps(taps, amounts, step, weight):
 def filter_four(x, t, weight, c, y, h, w, size, step):
     """Add the correlation of x[t], padded, with filter c to four pixels of a row of y[t], as many sums."""
     # x (n_workspaces, 1, rows, columns, LANES), weight (C_in, size, size), y (n_workspaces, h, w, LANES)
-    a0, a1, a2 = load(y, (t, h, w)), load(y, (t, h, w + 1)), load(y, (t, h, w + 2))
-    a3 = load(y, (t, h, w + 3))
+    a = load_four(y, t, h, w)
     for i in range(size):
         for j in range(size):
-            amount, row, column = weight[c, i, j], step * h + i, step * w + j
-            a0 = multiply_add(amount, load(x, (t, 0, row, column)), a0)
-            a1 = multiply_add(amount, load(x, (t, 0, row, column + step)), a1)
-            a2 = multiply_add(amount, load(x, (t, 0, row, column + 2 * step)), a2)
-            a3 = multiply_add(amount, load(x, (t, 0, row, column + 3 * step)), a3)
-    store(y, (t, h, w), a0)
-    store(y, (t, h, w + 1), a1)
-    store(y, (t, h, w + 2), a2)
-    store(y, (t, h, w + 3), a3)
+            a = plus_four(weight[c, i, j], x, t, step * h + i, step * w + j, step, a)
+    store_four(y, t, h, w, a)
 
 
 @formula
 def filter_eight(x, t, weight, c, y, h, w, size, step):
     """Add the same to eight pixels."""
-    # x (n_workspaces, 1, rows, columns, LANES), weight (C_in, size, size), y (n_workspaces, h, w, LANES)
-    a0, a1, a2 = load(y, (t, h, w)), load(y, (t, h, w + 1)), load(y, (t, h, w + 2))
-    a3, a4, a5 = load(y, (t, h, w + 3)), load(y, (t, h, w + 4)), load(y, (t, h, w + 5))
-    a6, a7 = load(y, (t, h, w + 6)), load(y, (t, h, w + 7))
+    a, b = load_four(y, t, h, w), load_four(y, t, h, w + 4)
     for i in range(size):
         for j in range(size):
             amount, row, column = weight[c, i, j], step * h + i, step * w + j
-            a0 = multiply_add(amount, load(x, (t, 0, row, column)), a0)
-            a1 = multiply_add(amount, load(x, (t, 0, row, column + step)), a1)
-            a2 = multiply_add(amount, load(x, (t, 0, row, column + 2 * step)), a2)
-            a3 = multiply_add(amount, load(x, (t, 0, row, column + 3 * step)), a3)
-            a4 = multiply_add(amount, load(x, (t, 0, row, column + 4 * step)), a4)
-            a5 = multiply_add(amount, load(x, (t, 0, row, column + 5 * step)), a5)
-            a6 = multiply_add(amount, load(x, (t, 0, row, column + 6 * step)), a6)
-            a7 = multiply_add(amount, load(x, (t, 0, row, column + 7 * step)), a7)
-    store(y, (t, h, w), a0)
-    store(y, (t, h, w + 1), a1)
-    store(y, (t, h, w + 2), a2)
-    store(y, (t, h, w + 3), a3)
-    store(y, (t, h, w + 4), a4)
-    store(y, (t, h, w + 5), a5)
-    store(y, (t, h, w + 6), a6)
-    store(y, (t, h, w + 7), a7)
+            a = plus_four(amount, x, t, row, column, step, a)
+            b = plus_four(amount, x, t, row, column + 4 * step, step, b)
+    store_four(y, t, h, w, a)
+    store_four(y, t, h, w + 4, b)
+
+
+@formula
+def load_four(y, t, h, w):
+    """Return four pixels of row h of y[t], from column w on."""
+    return load(y, (t, h, w)), load(y, (t, h, w + 1)), load(y, (t, h, w + 2)), load(y, (t, h, w + 3))
+
+
+@formula
+def plus_four(amount, x, t, row, column, step, a):
+    """Return a plus `amount` times four pixels of x[t], `step` columns apart."""
+    return (multiply_add(amount, load(x, (t, 0, row, column)), a[0]),
+            multiply_add(amount, load(x, (t, 0, row, column + step)), a[1]),
+            multiply_add(amount, load(x, (t, 0, row, column + 2 * step)), a[2]),
+            multiply_add(amount, load(x, (t, 0, row, column + 3 * step)), a[3]))
+
+
+@formula
+def store_four(y, t, h, w, a):
+    """Write four pixels of row h of y[t], from column w on."""
+    store(y, (t, h, w), a[0])
+    store(y, (t, h, w + 1), a[1])
+    store(y, (t, h, w + 2), a[2])
+    store(y, (t, h, w + 3), a[3])
 
 
 filter_tile = filter_eight if WIDE else filter_four
