@@ -50,7 +50,7 @@ def main(argv=None):
         except KeyboardInterrupt:
             _note("interrupted; nothing more was written")
             return 130
-        except (ValueError, TypeError, OSError, kernels.GpuError) as error:
+        except (ValueError, TypeError, OSError, FloatingPointError, kernels.GpuError) as error:
             _note(f"error: {error}")
             return 2
 

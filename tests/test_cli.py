@@ -217,6 +217,16 @@ def test_errors_are_one_line_that_names_the_value(arguments, named, capsys, tmp_
     assert not list(tmp_path.glob("out/*"))
 
 
+@pytest.mark.parametrize("command", ["bench", "compare"])
+def test_what_is_not_finite_is_one_line(command, monkeypatch, capsys, tmp_path):
+    def load(*_):
+        raise FloatingPointError("conv1.weight holds\nNaN")
+
+    monkeypatch.setattr(datasets, "load", load)
+    assert main([command, "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "rso-numba: error: conv1.weight holds NaN\n"
+
+
 def test_a_missing_data_set_is_one_line(monkeypatch, capsys):
     def missing(*_):
         raise FileNotFoundError("put the files\n  a\ninto\n  b")
