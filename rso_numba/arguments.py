@@ -12,11 +12,16 @@ import numpy as np
 def whole_number(value, name, smallest=1):
     """Return `value` as an int, if it is a whole number of at least `smallest`; else raise an error."""
     expected = "a positive whole number" if smallest == 1 else f"a whole number, {smallest} or larger"
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if not is_whole(value):
         raise TypeError(f"{name} is {value!r}; expected {expected}")
     if value < smallest:
         raise ValueError(f"{name} is {value}; expected {expected}")
     return int(value)
+
+
+def is_whole(value):
+    """Return whether `value` is a whole number, of any sign."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value):

@@ -313,6 +313,14 @@ def kernel_rows(effort, seed):
     return rows
 
 
+def job_of(model, data, seed, batch_size=None, preset=None):
+    """Return the Job of a configuration, with its own batch size and preset unless others are given."""
+    own_batch_size, own_preset, _ = CONFIGURATIONS[model]
+    if batch_size is None:
+        batch_size = min(own_batch_size, len(data.train_images) // 2)
+    return Job(model, data, batch_size, preset or own_preset, seed)
+
+
 def run(chosen, data, threads, effort, seed=0, batch_size=None, preset=None):
     """Yield lists of `Row` as they are measured.
 
@@ -323,9 +331,8 @@ def run(chosen, data, threads, effort, seed=0, batch_size=None, preset=None):
     if torch_or_none() is not None:
         torch_or_none().set_num_threads(threads)
     for model in chosen:
-        own_batch_size, own_preset, sgd_model = CONFIGURATIONS[model]
-        size = min(own_batch_size, len(data.train_images) // 2) if batch_size is None else batch_size
-        yield search_rows(Job(model, data, size, preset or own_preset, seed), effort)
+        yield search_rows(job_of(model, data, seed, batch_size, preset), effort)
+        _, _, sgd_model = CONFIGURATIONS[model]
         for sgd_batch_size in SGD_BATCH_SIZES:
             yield sgd_rows(sgd_model, data, sgd_batch_size, effort, seed)
     yield kernel_rows(effort, seed)

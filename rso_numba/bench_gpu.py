@@ -114,9 +114,7 @@ def run(chosen, data, effort, seed=0, batch_size=None, preset=None, peaks=None):
 
         peaks = peaks_of_device()
     for model in chosen:
-        own_batch_size, own_preset, _ = bench.CONFIGURATIONS[model]
-        size = min(own_batch_size, len(data.train_images) // 2) if batch_size is None else batch_size
-        job = bench.Job(model, data, size, preset or own_preset, seed)
+        job = bench.job_of(model, data, seed, batch_size, preset)
         few = bench.spread(effort.few)
         rows = [bench.search_row(job, effort, "FullForward on the GPU", few, backend="cuda"),
                 delta_row(job, effort, peaks)]

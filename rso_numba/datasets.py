@@ -6,14 +6,13 @@ read in `mnist.py`.
 
 import copy
 import math
-import numbers
 import warnings
 from dataclasses import dataclass
 
 import numpy as np
 
 from . import mnist
-from .arguments import generator, whole_number
+from .arguments import generator, is_number, is_whole, whole_number
 from .mnist import read_idx  # noqa: F401 (for data sets of one's own in that format)
 
 
@@ -128,7 +127,7 @@ def _are_whole(labels):
 
 
 def _check_count(value, smallest, largest, name):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if not is_whole(value):
         raise TypeError(f"{name} is {value!r}, expected an integer from {smallest} to {largest}")
     if not smallest <= value <= largest:
         raise ValueError(f"{name} is {value}, expected {smallest} to {largest}")
@@ -247,7 +246,7 @@ def load_digits(size=8, test_fraction=0.2, rng=0):
 
     if size not in (8, 28):
         raise ValueError(f"size is {size!r}, expected 8 (as bundled) or 28 (enlarged to the size of MNIST)")
-    if not (isinstance(test_fraction, numbers.Real) and 0 < test_fraction < 1):
+    if not (is_number(test_fraction) and 0 < test_fraction < 1):
         raise ValueError(f"test_fraction is {test_fraction!r}, expected a number between 0 and 1, like 0.2")
     digits = sklearn_datasets.load_digits()
     images = digits.images[:, None].astype(np.float32) / 16  # (1797, 1, 8, 8); bundled as 0..16

@@ -105,23 +105,28 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     trainings = {
         "sgd": partial(sgd.train, networks["sgd"], data, sgd_epochs, sgd_batch_size, learning_rate, momentum),
         "rso": partial(rso.train, networks["rso"], data, rounds, batch_size, settings)}
+    write = partial(_write, result, Path(out), before, scan, title, report)
     try:
         for solver, train in trainings.items():
-            try:
-                train(backend=backend, rng=_generator(seed), progress=progress,
-                      history=result.histories[solver])
-            except FloatingPointError as error:  # the other solver goes on
-                result.diverged[solver] = str(error)
+            _train(result, solver, partial(train, backend=backend, rng=_generator(seed), progress=progress))
     except KeyboardInterrupt:
         result.interrupted = _where(result)
         # BatchNorm's statistics at hand are of the round before
         rso.calibrate(networks["rso"], data, settings, backend)
     except kernels.GpuError as error:  # the network so far is not on the GPU
         rso.calibrate(networks["rso"], data, settings, "cpu")
-        _write(result, Path(out), before, scan, title, report)
+        write()
         raise kernels.GpuError(f"{error}. {_where(result)}, in {out}") from error
-    _write(result, Path(out), before, scan, title, report)
+    write()
     return result
+
+
+def _train(result, solver, train):
+    """Train by a solver. If it diverges, take note why: the other one goes on."""
+    try:
+        train(history=result.histories[solver])
+    except FloatingPointError as error:
+        result.diverged[solver] = str(error)
 
 
 def _first_calls(networks, data, batch_size, settings, backend, seed):
