@@ -32,7 +32,7 @@ from .history import History
 from .kernels import formulas
 from .layers import RUNNING_MOMENTUM
 from .progress import ProgressBar
-from .visits import annealing_factor, draw_step, n_visits, sigmas, visits
+from .visits import annealing_factor, draw_step, sigmas, visits, visits_of_layers
 
 CALIBRATION_IMAGES = 2000  # the authors' fixed statistics
 CHOICES = ("keep", "plus", "minus")
@@ -208,7 +208,7 @@ def checked(stream, network):
 
 def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluation="delta",
           backend="cpu", evaluator=None, rng=None, track_trials=False, progress=False, history=None,
-          **overrides):
+          on_trial=None, on_layer=None, on_round=None, **overrides):
     """Train `network` by RSO and return what happened, round by round.
 
     Parameters
@@ -221,6 +221,11 @@ def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluati
         Show a progress bar with the time left.
     history : History or None
         Written to as the rounds end, so that a caller who interrupts the training keeps them.
+    on_trial, on_layer : function or None
+        Called with every `Trial`; with the last one of a layer.
+    on_round : function or None
+        Called with the `history.Round` of every round that ends. If one of the three returns True, the
+        training ends there, and its last row is that of the network as it is then.
 
     Returns
     -------
@@ -238,18 +243,35 @@ def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluati
     history = History("rso") if history is None else history
     stream = trials(network, data, rounds, batch_size, settings, evaluation=evaluation,
                     backend=backend, evaluator=evaluator, rng=rng)
-    per_round = n_visits(network, settings)
+    layers = visits_of_layers(network, settings)
     _end_round(history, network, data, settings, backend)
-    with ProgressBar(rounds * per_round, "weight", "RSO", progress) as bar:
-        for _ in range(rounds):
+    with ProgressBar(rounds * sum(map(sum, layers)), "weight", "RSO", progress) as bar:
+
+        def count(trial):
+            history.add_trial(trial, 3 * min(batch_size, len(data.train_images)), track_trials)
+            bar.update()
+            return on_trial is not None and on_trial(trial)
+
+        is_over = False
+        while not is_over and len(history.rounds) <= rounds:
             begin = perf_counter()
-            for trial in islice(stream, per_round):
-                history.add_trial(trial, 3 * min(batch_size, len(data.train_images)), track_trials)
-                bar.update()
+            is_over = _search_round(stream, layers, count, on_layer)
             history.seconds += perf_counter() - begin
             _end_round(history, network, data, settings, backend)
             bar.set_postfix_str(f"test accuracy {history.rounds[-1].test_accuracy:.3f}")
+            is_over = is_over or (on_round is not None and on_round(history.rounds[-1]))
     return history
+
+
+def _search_round(stream, layers, on_trial, on_layer):
+    """Take the trials of a round from the stream; return whether a callback ends the training."""
+    for visit_lengths in layers:
+        for trial in islice(stream, sum(visit_lengths)):
+            if on_trial(trial):
+                return True
+        if on_layer is not None and on_layer(trial):
+            return True
+    return False
 
 
 def _end_round(history, network, data, settings, backend):

@@ -92,7 +92,7 @@ class _LastFinite:
 
 def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=0.0, *,
           weight_decay=0.0, validation_fraction=0.0, backend="cpu", rng=None, progress=False,
-          history=None):
+          history=None, on_round=None):
     """Train `network` by stochastic gradient descent and return what happened, epoch by epoch.
 
     The defaults are the notebook's. One step is v <- momentum v + gradient + weight_decay w,
@@ -117,6 +117,8 @@ def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=
         Show a progress bar with the time left.
     history : History or None
         See `rso.train`.
+    on_round : function or None
+        Called with the `history.Round` of every epoch that ends; if it returns True, the training ends there.
 
     Returns
     -------
@@ -164,6 +166,8 @@ def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=
                 if loss < best_loss:
                     best_loss = loss
                     best_state = {name: array.copy() for name, array in network.state().items()}
+            if on_round is not None and on_round(history.rounds[-1]):
+                break
     if best_state is not None:
         network.set_state(best_state)
     return history

@@ -1,5 +1,7 @@
 """Which weights one round visits, in which order, and how large a step each may take."""
 
+from itertools import groupby
+
 import numpy as np
 
 from .layers import BatchNorm, Residual
@@ -46,10 +48,12 @@ def visits(network, settings, sigma):
     ]
 
 
-def n_visits(network, settings):
-    """Return the number of trials in one round."""
+def visits_of_layers(network, settings):
+    """Return the layers of a round in their order, each as the numbers of trials of its visits."""
     nothing = {str(p): 0.0 for p in network.parameters()}
-    return sum(len(indices) for _, indices, _ in visits(network, settings, nothing))
+    round_visits = visits(network, settings, nothing)
+    return [[len(indices) for _, indices, _ in group]
+            for _, group in groupby(round_visits, key=lambda visit: visit[0].layer)]
 
 
 def visiting_order(network, order, trained):

@@ -271,3 +271,23 @@ def test_weights_whose_squares_overflow_have_no_sigma(small):
     network.weights *= np.float32(1e25)
     with pytest.raises(ValueError, match="sigma of layer .* is (inf|nan), because .*squares .* overflow"):
         run(network, small)
+
+
+def test_callbacks_are_told_of_trials_layers_and_rounds(small):
+    network, told = build("one_conv", (1, 8, 8), rng=0), {"trial": [], "layer": [], "round": []}
+    history = rso.train(network, small, 2, 20, rng=0, backend="numpy", track_trials=True,
+                        on_trial=told["trial"].append, on_layer=told["layer"].append,
+                        on_round=told["round"].append)
+    assert told["trial"] == history.trials
+    assert [(trial.round, trial.layer, trial.parameter) for trial in told["layer"]] == [
+        (1, "dense1", "bias"), (1, "conv1", "bias"), (2, "dense1", "bias"), (2, "conv1", "bias")]
+    assert told["round"] == history.rounds[1:]
+
+
+@pytest.mark.parametrize("name, visited", [("on_trial", 1), ("on_layer", 650), ("on_round", 690)])
+def test_a_callback_that_returns_true_ends_the_training(small, name, visited):
+    network = build("one_conv", (1, 8, 8), rng=0)
+    history = rso.train(network, small, 3, 20, rng=0, backend="numpy", **{name: lambda _: True})
+    assert [row.weights_visited for row in history.rounds] == [0, visited]
+    # the last row is of the network as it is
+    assert history.rounds[-1].test_loss == network.evaluate(small.test_images, small.test_labels, "numpy")[0]

@@ -178,3 +178,10 @@ def test_weights_that_are_not_finite_are_not_trained(small):
     network.weights[1] = np.nan
     with pytest.raises(FloatingPointError, match=r"conv1.weight holds 1 NaN .* at index \(0, 0, 0, 1\)"):
         sgd.train(network, small)
+
+
+def test_a_callback_that_returns_true_ends_the_training(small):
+    network, told = build("one_conv", (1, 8, 8), rng=0), []
+    history = sgd.train(network, small, 5, 20, rng=0, backend="numpy",
+                        on_round=lambda row: told.append(row) or row.round == 2)
+    assert told == history.rounds[1:] and len(history.rounds) == 3
