@@ -127,6 +127,12 @@ def parser():
     option("--out", default="rso-out", metavar="FOLDER", type=os.path.expanduser,
            help="folder for the files, made if need be (default: %(default)s)")
     option("--no-progress", action="store_true", help="show no progress bars")
+    option("--checkpoint", type=float, nargs="?", const=60.0, metavar="SECONDS",
+           help="write rso.checkpoint.npz and sgd.checkpoint.npz to the folder this often (default: 60), "
+           "so that an interrupted training can go on")
+    option("--resume", action="store_true",
+           help="go on from the checkpoints in the folder, if there are some, to the same result; the other "
+           "arguments have to be the same")
     _add_bench(commands)
     return top
 
@@ -246,18 +252,20 @@ def compare(arguments):
     data = datasets.load(arguments.data, arguments.data_home)
     chosen = dict(DEFAULTS[arguments.data])
     chosen.update({name: getattr(arguments, name) for name in chosen if getattr(arguments, name) is not None})
-    failed = []
+    failed, checkpoint = [], 60.0 if arguments.resume and not arguments.checkpoint else arguments.checkpoint
     result = experiments.compare(
         data, arguments.model, chosen["rounds"], chosen["batch_size"], arguments.preset,
         sgd_epochs=chosen["epochs"], sgd_batch_size=arguments.sgd_batch_size,
         learning_rate=arguments.learning_rate, momentum=arguments.momentum, backend=arguments.backend,
         seed=arguments.seed, out=arguments.out, progress=not arguments.no_progress,
-        report=lambda result: failed.append(_show(experiments.table(result.histories.values()))))
+        report=lambda result: failed.append(_show(experiments.table(result.histories.values()))),
+        checkpoint_every=checkpoint, resume=arguments.resume)
     failed.append(_show(f"wrote {', '.join(map(str, result.files)) or 'nothing'}"))
     if result.diverged:
         _note(f"error: {'; '.join(result.diverged.values())}")
     if result.interrupted is not None:
-        _note(result.interrupted)
+        goes_on = "" if checkpoint is None else "; to go on, give the same command with --resume"
+        _note(result.interrupted + goes_on)
         return 130
     if result.diverged:
         return 2

@@ -4,6 +4,8 @@
 use again what it computed for them; None means images that will not come again.
 """
 
+import numpy as np
+
 
 class Batches:
     """What the policies share: how long a mini-batch is used.
@@ -23,6 +25,13 @@ class Batches:
     def begin(self, parameter):
         """Tell the policy that the visit of `parameter` begins."""
         self.held_for = None  # output channel that the mini-batch is held for
+
+    def state(self):
+        """Return what `set_state` needs at the beginning of a visit, a dict of arrays."""
+        return {}
+
+    def set_state(self, state):
+        """Go on from a state of the same batches, with which the next visit begins."""
 
     def is_due(self, index):
         """Return whether the trial of the weight at `index` needs a mini-batch of its own."""
@@ -57,10 +66,19 @@ class Slices(Batches):
     def begin(self, parameter):
         super().begin(parameter)
         if self.n_shuffles == 0 or parameter.name not in ("gamma", "beta"):
-            shuffled = self.rng.permutation(len(self.data.train_images))
-            self.images, self.labels = self.data.train_images[shuffled], self.data.train_labels[shuffled]
-            self.n_shuffles += 1
+            self._shuffle(self.rng.permutation(len(self.data.train_images)), self.n_shuffles + 1)
         self.next = 0
+
+    def _shuffle(self, order, n_shuffles):
+        self.order, self.n_shuffles = order, n_shuffles
+        self.images, self.labels = self.data.train_images[order], self.data.train_labels[order]
+
+    def state(self):
+        return {"order": self.order, "n_shuffles": np.array(self.n_shuffles)} if self.n_shuffles else {}
+
+    def set_state(self, state):
+        if state:
+            self._shuffle(state["order"], int(state["n_shuffles"]))
 
     def draw(self):
         start, key = self.next * self.batch_size, (self.n_shuffles, self.next)

@@ -9,6 +9,7 @@ import numpy as np
 
 from . import kernels, models, plots, presets, rso, sgd
 from .arguments import whole_number
+from .checkpoint import Checkpoint
 from .datasets import check_images, check_labels, check_training
 from .evaluators import FullForward
 from .files import make_folder
@@ -42,7 +43,7 @@ class Comparison:
 
 def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *, sgd_epochs=30,
             sgd_batch_size=32, learning_rate=0.1, momentum=0.0, backend="cpu", seed=0, out="rso-out",
-            progress=True, report=None):
+            progress=True, report=None, checkpoint_every=None, resume=False):
     """Train one network by RSO and by SGD from the same initial weights, and write what happened.
 
     The defaults suit the digits of scikit-learn.
@@ -66,6 +67,11 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
         Show progress bars with the time left.
     report : function, optional
         Called with the Comparison when all but the picture is written, for drawing may fail.
+    checkpoint_every : float or None
+        Seconds between checkpoints, which are rso.checkpoint.npz and sgd.checkpoint.npz in the folder; None
+        writes none.
+    resume : bool
+        Go on from the checkpoints in the folder, see `rso.train`. What they had finished is not done again.
 
     Returns
     -------
@@ -74,7 +80,10 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     Raises
     ------
     ValueError, TypeError
-        If an argument is out of range or does not fit the data.
+        If an argument is out of range or does not fit the data, or a checkpoint is damaged or of another
+        training.
+    FileExistsError
+        If there is the checkpoint of an interrupted training, and no `resume`.
     GpuError
         If the GPU fails.
 
@@ -98,6 +107,13 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     # this searches nothing yet, but complains now, not after the SGD, of arguments that do not fit
     rso.trials(networks["rso"], data, rounds, batch_size, settings, backend=backend)
     make_folder(out)
+    saved = {}
+    if checkpoint_every is not None:
+        saved = {solver: dict(checkpoint=Path(out, f"{solver}.checkpoint.npz"), resume=resume,
+                              checkpoint_every=checkpoint_every) for solver in networks}
+        if not resume:
+            for solver, network in networks.items():  # complains of interrupted trainings
+                Checkpoint(saved[solver]["checkpoint"], checkpoint_every).load(False, network, data)
     before = first_filters(networks["rso"]).copy()
     scan = _first_calls(networks, data, batch_size, settings, backend, seed)
     title = f"{data.name}: {model}, {networks['rso'].n_weights:,} weights"
@@ -108,7 +124,8 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     write = partial(_write, result, Path(out), before, scan, title, report)
     try:
         for solver, train in trainings.items():
-            _train(result, solver, partial(train, backend=backend, rng=_generator(seed), progress=progress))
+            _train(result, solver, partial(train, backend=backend, rng=_generator(seed), progress=progress,
+                                           **saved.get(solver, {})))
     except KeyboardInterrupt:
         result.interrupted = _where(result)
         # BatchNorm's statistics at hand are of the round before

@@ -2,7 +2,7 @@
 
 import csv
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 from .files import written_beside
 
@@ -103,6 +103,17 @@ class History:
         ))
         self._visited.clear()
         self._accepted.clear()
+
+    def to_dict(self):
+        """Return everything but the trials, as a dict that JSON can hold."""
+        return {"rounds": [asdict(row) for row in self.rounds], "seconds": self.seconds,
+                "images_forwarded": self.images_forwarded, "weights_visited": self.weights_visited,
+                "accepted": self.accepted, "_visited": dict(self._visited), "_accepted": dict(self._accepted)}
+
+    def restore(self, saved):
+        """Become what `to_dict` returned."""
+        vars(self).update(saved, rounds=[Round(**row) for row in saved["rounds"]],
+                          _visited=Counter(saved["_visited"]), _accepted=Counter(saved["_accepted"]))
 
     def to_csv(self, path):
         """Write the rows to `path`; the acceptance of layer conv1 is the column acceptance_conv1."""

@@ -278,6 +278,11 @@ class Network(KeepsArrays):
             self.set_state(before)
             raise
 
+    def description(self):
+        """Return all but the weights and buffers, as a dict that JSON can hold."""
+        return {"format": FORMAT, "name": self.name, "image_shape": self.image_shape,
+                "n_classes": self.n_classes, "layers": [layer.description() for layer in self.layers]}
+
     def state(self):
         """Return all weights and buffers as a dict of arrays (views, not copies)."""
         state = {str(parameter): parameter.value for parameter in self._parameters}
@@ -325,18 +330,11 @@ class Network(KeepsArrays):
             If a weight is NaN or infinite: such a network cannot be loaded.
         """
         self.check_finite()
-        description = {
-            "format": FORMAT,
-            "name": self.name,
-            "image_shape": self.image_shape,
-            "n_classes": self.n_classes,
-            "layers": [layer.description() for layer in self.layers],
-        }
         path = Path(path)
         if path.suffix != ".npz":
             raise ValueError(f"{path} does not end in .npz")
         with written_beside(path) as beside:
-            np.savez(beside, description=np.array(json.dumps(description)), **self.state())
+            np.savez(beside, description=np.array(json.dumps(self.description())), **self.state())
 
     @classmethod
     def load(cls, path):

@@ -14,7 +14,7 @@ this package say *round*.) What the paper, its authors' code and the notebook do
 `presets.py`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from math import isfinite
@@ -23,22 +23,24 @@ from typing import Any
 
 import numpy as np
 
-from . import presets
+from . import kernels, presets
 from .arguments import generator
 from .batches import POLICIES
+from .checkpoint import SearchCheckpoint
 from .datasets import check_training
 from .evaluators import make_evaluator
 from .history import History
 from .kernels import formulas
 from .layers import RUNNING_MOMENTUM
 from .progress import ProgressBar
-from .visits import annealing_factor, draw_step, sigmas, visits, visits_of_layers
+from .trial_log import TrialLog
+from .visits import annealing_factor, draw_step, layers_of_round, sigmas, visits
 
 CALIBRATION_IMAGES = 2000  # the authors' fixed statistics
 CHOICES = ("keep", "plus", "minus")
 
 
-def algorithm_1(network, data, evaluator, settings, rounds, batch_size, rng, visits=visits):
+def algorithm_1(network, data, evaluator, settings, rounds, batch_size, rng, visits=visits, cursor=None):
     """Train `network` by Algorithm 1; yield a `Trial` a weight. The comments are its line numbers.
 
     Parameters
@@ -53,6 +55,8 @@ def algorithm_1(network, data, evaluator, settings, rounds, batch_size, rng, vis
     rng : Generator
     visits : function
         Which weights are visited, and in which order.
+    cursor : Cursor or None
+        Where a search goes on that was interrupted: see `checkpoint.py`.
     """
     sigma = sigmas(network, settings.sigma, rng)  # 1
     batches = POLICIES[settings.batches](data, batch_size, rng, settings.hold)
@@ -60,6 +64,8 @@ def algorithm_1(network, data, evaluator, settings, rounds, batch_size, rng, vis
     for c in range(1, rounds + 1):  # 2
         annealing = annealing_factor(settings.annealing, c - 1, rounds)
         for parameter, indices, sigma_d in round_visits:  # 3
+            if cursor is not None and cursor.is_done(batches):
+                continue
             batches.begin(parameter)
             for index in indices:  # 4
                 if batches.is_due(index):
@@ -124,7 +130,7 @@ class Trial:
 
 
 def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluation="delta",
-           backend="cpu", evaluator=None, visits=visits, rng=None, **overrides):
+           backend="cpu", evaluator=None, visits=visits, cursor=None, rng=None, **overrides):
     """Return an iterator that trains `network` as it is consumed, one `Trial` a weight.
 
     Parameters
@@ -149,6 +155,8 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
         `evaluators` describes.
     visits : function
         Which weights are visited in a round, and in which order: `visits.visits`, or one with its arguments.
+    cursor : Cursor or None
+        See `algorithm_1`.
     rng : None, int or Generator
         The one source of all random numbers. 0 is a seed like any other.
     **overrides
@@ -182,7 +190,7 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
         evaluator = make_evaluator(evaluation, network, backend, momentum, settings.unit, fixed)
     network.fit_scaling(data.train_images)
     search = partial(algorithm_1, network, data, settings=settings, rounds=rounds, batch_size=batch_size,
-                     rng=rng, visits=visits)
+                     rng=rng, visits=visits, cursor=cursor)
     # a GPU takes from this loop what is drawn, and decides many trials at once: see `evaluators`
     decides = hasattr(evaluator, "decide")
     return checked(evaluator.decide(search, settings.decay) if decides else search(evaluator), network)
@@ -208,7 +216,8 @@ def checked(stream, network):
 
 def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluation="delta",
           backend="cpu", evaluator=None, rng=None, track_trials=False, progress=False, history=None,
-          on_trial=None, on_layer=None, on_round=None, **overrides):
+          on_trial=None, on_layer=None, on_round=None, trial_log=None, checkpoint=None, checkpoint_every=60,
+          resume=False, **overrides):
     """Train `network` by RSO and return what happened, round by round.
 
     Parameters
@@ -226,6 +235,16 @@ def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluati
     on_round : function or None
         Called with the `history.Round` of every round that ends. If one of the three returns True, the
         training ends there, and its last row is that of the network as it is then.
+    trial_log : str, path or None
+        A CSV file to which every trial is written: see `trial_log.py`.
+    checkpoint : str, path or None
+        A file (.npz) from which an interrupted training can go on: see `checkpoint.py`.
+    checkpoint_every : float
+        Seconds from one checkpoint to the next.
+    resume : bool or "previous"
+        Go on from the checkpoint if there is one, to the same weights, bit for bit; network, data and
+        settings have to be the same, and weights and `rng` are those of the checkpoint. "previous" takes the
+        checkpoint before the last one.
 
     Returns
     -------
@@ -235,42 +254,61 @@ def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluati
     Raises
     ------
     ValueError, TypeError
-        See `trials`.
+        See `trials`; or if a checkpoint is damaged or of another training.
+    FileExistsError
+        If there is the checkpoint of an interrupted training, and no `resume`.
     FloatingPointError
         See `trials`; or if, after a round, the loss of an image is not finite.
+    KeyboardInterrupt
+        With a checkpoint, after the trial during which Ctrl-C or SIGTERM came, and when it is written.
     """
-    settings = presets.resolve(preset, **overrides)
+    settings, rng = presets.resolve(preset, **overrides), generator(rng)
     history = History("rso") if history is None else history
-    stream = trials(network, data, rounds, batch_size, settings, evaluation=evaluation,
-                    backend=backend, evaluator=evaluator, rng=rng)
-    layers = visits_of_layers(network, settings)
-    _end_round(history, network, data, settings, backend)
-    with ProgressBar(rounds * sum(map(sum, layers)), "weight", "RSO", progress) as bar:
+    if checkpoint is not None and track_trials:
+        raise ValueError("track_trials is True, which a checkpoint does not keep; use trial_log with it")
+    saved = SearchCheckpoint(checkpoint, checkpoint_every, network, rng, history)
+    stream = trials(network, data, rounds, batch_size, settings, evaluation=evaluation, backend=backend,
+                    evaluator=evaluator, cursor=saved.cursor, rng=rng)
+    goes_on = saved.begin(resume, data, settings=asdict(settings), rounds=rounds, batch_size=batch_size,
+                          evaluation=evaluation, backend=kernels.resolve(backend))
+    if not goes_on:
+        _end_round(history, network, data, settings, backend)
+    layers, images = layers_of_round(network, settings), 3 * min(batch_size, len(data.train_images))
+    n_trials, is_over = rounds * sum(sum(lengths) for _, lengths in layers), saved.is_finished
+    with (ProgressBar(n_trials, "weight", "RSO", progress) as bar, saved,
+          TrialLog(trial_log, history.weights_visited) as log):
+        bar.update(history.weights_visited)
 
-        def count(trial):
-            history.add_trial(trial, 3 * min(batch_size, len(data.train_images)), track_trials)
+        def take_note(trial):
+            history.add_trial(trial, images, track_trials)
+            log.write(trial)
             bar.update()
+            saved.after_trial()
             return on_trial is not None and on_trial(trial)
 
-        is_over = False
         while not is_over and len(history.rounds) <= rounds:
-            begin = perf_counter()
-            is_over = _search_round(stream, layers, count, on_layer)
-            history.seconds += perf_counter() - begin
+            is_over = _search_round(stream, layers, history, saved, take_note, on_layer)
             _end_round(history, network, data, settings, backend)
             bar.set_postfix_str(f"test accuracy {history.rounds[-1].test_accuracy:.3f}")
             is_over = is_over or (on_round is not None and on_round(history.rounds[-1]))
+        saved.finish()
     return history
 
 
-def _search_round(stream, layers, on_trial, on_layer):
+def _search_round(stream, layers, history, saved, on_trial, on_layer):
     """Take the trials of a round from the stream; return whether a callback ends the training."""
-    for visit_lengths in layers:
-        for trial in islice(stream, sum(visit_lengths)):
-            if on_trial(trial):
+    visit, is_over = (len(history.rounds) - 1) * sum(len(lengths) for _, lengths in layers), False
+    for name, lengths in layers:
+        if saved.begin_layer(visit, name):
+            begin = perf_counter()
+            for trial in islice(stream, sum(lengths)):
+                is_over = on_trial(trial)
+                if is_over:
+                    break
+            history.seconds += perf_counter() - begin
+            if is_over or (on_layer is not None and on_layer(trial)):
                 return True
-        if on_layer is not None and on_layer(trial):
-            return True
+        visit += len(lengths)
     return False
 
 

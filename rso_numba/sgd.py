@@ -7,6 +7,7 @@ import numpy as np
 
 from . import kernels
 from .arguments import generator, number_below
+from .checkpoint import Checkpoint, copied, named, part, rng_state, set_rng_state
 from .datasets import check_images, check_labels, check_training
 from .history import History
 from .layers import RUNNING_MOMENTUM, BatchNorm
@@ -69,8 +70,8 @@ class _LastFinite:
         """Copy the network before a step; `place` names the step in the message."""
         self.place = place
         self.copies.reverse()
-        for array, copied in zip(self.arrays, self.copies[1], strict=True):
-            copied[...] = array
+        for array, kept in zip(self.arrays, self.copies[1], strict=True):
+            kept[...] = array
 
     def check(self):
         """Raise FloatingPointError if the gradient of a step, and so its loss, was not finite."""
@@ -84,15 +85,15 @@ class _LastFinite:
 
     def __exit__(self, kind, error, traceback):
         if isinstance(error, FloatingPointError):
-            for array, copied in zip(self.arrays, self.copies[0], strict=True):
-                array[...] = copied
+            for array, kept in zip(self.arrays, self.copies[0], strict=True):
+                array[...] = kept
             raise FloatingPointError(f"SGD, {self.place}: {error}; the network has the weights of the step "
                                      "before, whose loss was finite. Try a smaller learning_rate") from error
 
 
 def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=0.0, *,
           weight_decay=0.0, validation_fraction=0.0, backend="cpu", rng=None, progress=False,
-          history=None, on_round=None):
+          history=None, on_round=None, checkpoint=None, checkpoint_every=60, resume=False):
     """Train `network` by stochastic gradient descent and return what happened, epoch by epoch.
 
     The defaults are the notebook's. One step is v <- momentum v + gradient + weight_decay w,
@@ -119,6 +120,8 @@ def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=
         See `rso.train`.
     on_round : function or None
         Called with the `history.Round` of every epoch that ends; if it returns True, the training ends there.
+    checkpoint, checkpoint_every, resume
+        See `rso.train`. The training goes on from the step at which it was interrupted.
 
     Returns
     -------
@@ -128,53 +131,92 @@ def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=
     Raises
     ------
     ValueError, TypeError
-        If an argument is out of range or does not fit the data.
+        If an argument is out of range or does not fit the data, or a checkpoint is damaged or of another
+        training.
+    FileExistsError, KeyboardInterrupt
+        See `rso.train`.
     FloatingPointError
         If a loss is NaN or infinite; the message says in which epoch and step. The network then has the
         weights of the step before, the last whose loss was finite.
     """
     check_training(network, data, epochs, batch_size, "epochs")
     network.check_finite()
-    _check(learning_rate, momentum, weight_decay, validation_fraction)
+    settings = dict(learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay)
+    for name, value in settings.items():
+        number_below(value, name, np.inf if name == "learning_rate" else 1)
     rng, k = generator(rng), kernels.backend(backend)
     network.fit_scaling(data.train_images)
-    order = rng.permutation(len(data.train_images))
-    n_validation = round(validation_fraction * len(order))
-    held_out, order = order[:n_validation], order[n_validation:]
-    if batch_size > len(order):
-        raise ValueError(f"batch_size is {batch_size}; {len(order)} images are left to train on")
     history = History("sgd") if history is None else history
-    history.end_round(network, data, backend)
-    velocity, best_loss, best_state = np.zeros_like(network.weights), np.inf, None
-    settings, steps = (learning_rate, momentum, weight_decay), -(-len(order) // batch_size)
-    with (ProgressBar(epochs * steps, "step", "SGD", progress) as bar,
+    number_below(validation_fraction, "validation_fraction", 1)
+    run = _Run(network, len(data.train_images), validation_fraction, rng)
+    if batch_size > len(run.order):
+        raise ValueError(f"batch_size is {batch_size}; {len(run.order)} images are left to train on")
+    saved, steps = Checkpoint(checkpoint, checkpoint_every), -(-len(run.order) // batch_size)
+    found = saved.load(resume, network, data, solver="sgd", epochs=epochs, batch_size=batch_size,
+                       validation_fraction=validation_fraction, backend=kernels.resolve(backend), **settings)
+    if found is not None:
+        run.restore(history, *found)
+    else:
+        history.end_round(network, data, backend)
+    with (ProgressBar(epochs * steps, "step", "SGD", progress) as bar, saved,
           np.errstate(over="ignore", invalid="ignore"), _LastFinite(network) as last_finite):
-        for epoch in range(1, epochs + 1):
-            begin, order = perf_counter(), rng.permutation(order)
-            for step in range(steps):
-                chosen = order[step * batch_size : (step + 1) * batch_size]
-                last_finite.keep(f"epoch {epoch}, step {step + 1} of {steps}")
-                _step(network, data.train_images[chosen], data.train_labels[chosen], k, velocity, *settings)
+        bar.update((len(history.rounds) - 1) * steps + run.step)
+        while not run.is_over and len(history.rounds) <= epochs:
+            if run.step == 0:
+                run.order = rng.permutation(run.order)
+            while run.step < steps:
+                chosen = run.order[run.step * batch_size : (run.step + 1) * batch_size]
+                run.step += 1
+                saved.place = f"epoch {len(history.rounds)}, step {run.step} of {steps}"
+                last_finite.keep(saved.place)
+                begin, images = perf_counter(), data.train_images[chosen]
+                _step(network, images, data.train_labels[chosen], k, run.velocity, **settings)
                 last_finite.check()
+                history.seconds += perf_counter() - begin
                 history.add_step(len(chosen), network.n_weights)
                 bar.update()
-            history.seconds += perf_counter() - begin
+                saved.after_step(lambda: run.state(history))
+            run.step = 0
             history.end_round(network, data, backend)
             bar.set_postfix_str(f"test accuracy {history.rounds[-1].test_accuracy:.3f}")
-            if n_validation:
-                loss, _ = network.evaluate(data.train_images[held_out], data.train_labels[held_out], backend)
-                if loss < best_loss:
-                    best_loss = loss
-                    best_state = {name: array.copy() for name, array in network.state().items()}
-            if on_round is not None and on_round(history.rounds[-1]):
-                break
-    if best_state is not None:
-        network.set_state(best_state)
+            run.validate(data, backend)
+            run.is_over = on_round is not None and on_round(history.rounds[-1])
+        if run.best:
+            network.set_state(run.best)
+        saved.write(*run.state(history), is_finished=True)
     return history
 
 
-def _check(learning_rate, momentum, weight_decay, validation_fraction):
-    highs = {"learning_rate": np.inf, "momentum": 1, "weight_decay": 1, "validation_fraction": 1}
-    values = learning_rate, momentum, weight_decay, validation_fraction
-    for (name, high), value in zip(highs.items(), values, strict=True):
-        number_below(value, name, high)
+class _Run:
+    """What SGD remembers from step to step, beside the network's weights."""
+
+    def __init__(self, network, n_images, validation_fraction, rng):
+        self.network, self.rng, order = network, rng, rng.permutation(n_images)
+        n_validation = round(validation_fraction * n_images)
+        self.held_out, self.order = order[:n_validation], order[n_validation:]  # order: of this epoch
+        self.velocity, self.step, self.is_over = np.zeros_like(network.weights), 0, False
+        self.best_loss, self.best = np.inf, {}  # of the epochs so far, and the network then
+
+    def validate(self, data, backend):
+        """Keep the network if its loss on the images held out is the smallest so far."""
+        if len(self.held_out):
+            images, labels = data.train_images[self.held_out], data.train_labels[self.held_out]
+            loss, _ = self.network.evaluate(images, labels, backend)
+            if loss < self.best_loss:
+                self.best_loss, self.best = loss, copied(self.network)
+
+    def state(self, history):
+        """Return (header, arrays) for a checkpoint."""
+        header = {"step": self.step, "best_loss": self.best_loss, "draws": rng_state(self.rng),
+                  "history": history.to_dict()}
+        arrays = dict(velocity=self.velocity, order=self.order, held_out=self.held_out)
+        return header, arrays | named("network", self.network.state()) | named("best", self.best)
+
+    def restore(self, history, header, arrays):
+        """Go on from what `state` returned."""
+        self.step, self.best_loss, self.is_over = header["step"], header["best_loss"], header["is_finished"]
+        set_rng_state(self.rng, header["draws"])
+        history.restore(header["history"])
+        self.network.set_state(part("network", arrays))
+        self.best, self.velocity = part("best", arrays), arrays["velocity"].copy()
+        self.order, self.held_out = arrays["order"], arrays["held_out"]

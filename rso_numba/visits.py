@@ -48,12 +48,12 @@ def visits(network, settings, sigma):
     ]
 
 
-def visits_of_layers(network, settings):
-    """Return the layers of a round in their order, each as the numbers of trials of its visits."""
+def layers_of_round(network, settings):
+    """Return the layers of a round in their order: their names, and the numbers of trials of their visits."""
     nothing = {str(p): 0.0 for p in network.parameters()}
     round_visits = visits(network, settings, nothing)
-    return [[len(indices) for _, indices, _ in group]
-            for _, group in groupby(round_visits, key=lambda visit: visit[0].layer)]
+    return [(name, [len(indices) for _, indices, _ in group])
+            for name, group in groupby(round_visits, key=lambda visit: visit[0].layer)]
 
 
 def visiting_order(network, order, trained):

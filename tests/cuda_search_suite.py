@@ -1,5 +1,7 @@
 """The search on the GPU, judged by whole forward passes in NumPy. Run like `cuda_suite.py`."""
 
+import os
+import signal
 from itertools import islice, product
 
 import numpy as np
@@ -231,6 +233,26 @@ def test_the_network_has_the_weights_of_the_trials_that_were_seen():
     for trial in seen:
         values[f"{trial.layer}.{trial.parameter}"][trial.index] = trial.after
     np.testing.assert_array_equal(network.weights, expected.weights)
+
+
+def test_an_interrupted_search_goes_on_bit_for_bit(tmp_path):
+    # the host draws the first trial of a layer before the GPU has decided the last one of the layer before
+    def search(stop=np.inf, **arguments):
+        network, trials = _network("two_conv"), []
+
+        def on_trial(trial):
+            trials.append(trial)
+            if len(trials) == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        rso.train(network, _data(3 * FEW), 2, FEW, "authors", backend="cuda", rng=0, trained=("bias",),
+                  on_trial=on_trial, **arguments)
+        return [array.tobytes() for array in network.state().values()]
+
+    file = dict(checkpoint=tmp_path / "rso.npz", checkpoint_every=0)
+    with pytest.raises(KeyboardInterrupt, match="at round 2"):
+        search(stop=8, **file)  # of 6 a round
+    assert search(resume=True, **file) == search()
 
 
 def test_a_lost_gpu_leaves_the_weights_of_the_last_whole_group(monkeypatch):

@@ -4,6 +4,7 @@ import csv
 import functools
 import io
 import os
+import signal
 import subprocess
 import sys
 
@@ -155,6 +156,38 @@ def test_interrupted_sgd_writes_no_search(monkeypatch, capsys, tmp_path):
     err = capsys.readouterr().err
     assert "interrupted in epoch 1 of SGD; the saved network includes the first 3 steps of that epoch" in err
     assert {path.name for path in tmp_path.iterdir()} == {"compare.png", "sgd.csv", "sgd.npz"}
+
+
+@pytest.mark.parametrize("method, n_calls, place", [
+    ("add_step", 7, "epoch 2 of SGD"),
+    ("add_trial", 20, "round 1 of RSO"),
+    ("add_trial", 400, "round 2 of RSO"),
+])
+def test_interrupted_comparison_goes_on(finished, monkeypatch, capsys, tmp_path, method, n_calls, place):
+    arguments = [*QUICK, "--rounds", "2", "--epochs", "2", "--seed", "3", "--out"]
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    original, calls, folder = getattr(History, method), [], tmp_path / "parts"
+
+    def interrupting(*details):
+        original(*details)
+        calls.append(details)
+        if len(calls) == n_calls:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(History, method, interrupting)
+        assert main([*arguments, str(folder), "--checkpoint", "0"]) == 130
+    err = capsys.readouterr().err
+    assert f"interrupted in {place}" in err and "to go on, give the same command with --resume" in err
+    assert main([*arguments, str(folder), "--checkpoint"]) == 2
+    assert "of a training that was interrupted" in capsys.readouterr().err
+    assert main([*arguments[:-1], "--batch-size", "9", "--out", str(folder), "--resume"]) == 2
+    assert "batch_size was 8, and is 9" in capsys.readouterr().err
+    assert main([*arguments, str(folder), "--resume"]) == 0
+    for solver in ("rso", "sgd"):
+        assert (folder / f"{solver}.npz").read_bytes() == (tmp_path / "whole" / f"{solver}.npz").read_bytes()
+        rows, others = (rows_of(path / f"{solver}.csv") for path in (folder, tmp_path / "whole"))
+        assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in others]
 
 
 def test_interrupted_before_the_training_writes_nothing(monkeypatch, capsys, tmp_path):

@@ -95,6 +95,17 @@ def test_an_arena_is_bounded(monkeypatch):
     assert arena.hold([np.zeros(1000, np.float32)]) is None
 
 
+def test_an_arena_that_forgot_has_room_for_what_a_new_one_has(monkeypatch):
+    # a search that goes on after an interruption has a new one, and has to hold the same mini-batches
+    monkeypatch.setattr(memory.Arena, "CHUNK_BYTES", 4096)
+    arenas = memory.Arena(10_000), memory.Arena(10_000)
+    assert arenas[0].hold([np.zeros(2250, np.float32)]) is not None
+    arenas[0].forget()
+    found = [[arena.hold([np.zeros(750, np.float32)]) is not None for _ in range(3)] for arena in arenas]
+    assert found[0] == found[1] == [True, True, False]
+    assert sum(map(len, arenas[0].spare)) + sum(len(chunk) for chunk, _ in arenas[0].chunks) <= 10_000
+
+
 def test_scratch_is_the_same_for_the_same_arguments_of_one_thread(monkeypatch):
     monkeypatch.setattr(memory, "_own", threading.local())
     monkeypatch.setattr(memory, "SCRATCHES", 3)

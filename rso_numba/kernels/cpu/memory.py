@@ -123,12 +123,15 @@ class Arena:
     CHUNK_BYTES = 2**26
 
     def __init__(self, size):
-        self.size, self.chunks = size, []  # a chunk is [memory, bytes in use]
+        self.size, self.chunks, self.spare = size, [], []  # a chunk is [memory, bytes in use]
 
     def forget(self):
-        """Let all that is held be overwritten. Nobody may look at it any more."""
-        for chunk in self.chunks:
-            chunk[1] = 0
+        """Let all that is held be overwritten. Nobody may look at it any more.
+
+        What finds room from now on is what would find it in a new Arena.
+        """
+        self.spare += [memory for memory, _ in self.chunks]
+        self.chunks = []
 
     def hold(self, arrays):
         """Return copies of arrays, or None if there is no room for all of them."""
@@ -146,18 +149,22 @@ class Arena:
 
     def _chunk_with(self, size):
         fitting = next((chunk for chunk in self.chunks if chunk[1] + size <= len(chunk[0])), None)
-        fresh = 0 if fitting else max(size, min(self.CHUNK_BYTES, int(self.size)))
-        if self._taken() + fresh > self.size:  # let go of chunks that are empty, but too small
-            self.chunks = [chunk for chunk in self.chunks if chunk[1] or chunk is fitting]
-        if self._taken() + fresh > self.size:
-            return None
         if fitting is None:
-            fitting = [_aligned(fresh), 0]
+            fresh = max(size, min(self.CHUNK_BYTES, int(self.size)))
+            taken = fresh + sum(len(memory) for memory, _ in self.chunks)
+            if taken > self.size:
+                return None
+            fitting = [self._memory(fresh, self.size - taken), 0]
             self.chunks.append(fitting)
         return fitting
 
-    def _taken(self):
-        return sum(len(memory) for memory, _ in self.chunks)
+    def _memory(self, size, room):
+        """Return memory of this size, spare or new; keep no more spare memory than there is room for."""
+        found = next((memory for memory in self.spare if len(memory) == size), None)
+        self.spare = [memory for memory in self.spare if memory is not found]
+        while sum(map(len, self.spare)) > room:
+            self.spare.pop(0)
+        return _aligned(size) if found is None else found
 
 
 def copy(source, target):
