@@ -133,7 +133,7 @@ def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=
     """
     check_training(network, data, epochs, batch_size, "epochs")
     network.check_finite()
-    _check(learning_rate, momentum, weight_decay, validation_fraction)
+    check_settings(learning_rate, momentum, weight_decay, validation_fraction)
     rng, k = generator(rng), kernels.backend(backend)
     network.fit_scaling(data.train_images)
     order = rng.permutation(len(data.train_images))
@@ -169,7 +169,8 @@ def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=
     return history
 
 
-def _check(learning_rate, momentum, weight_decay, validation_fraction):
+def check_settings(learning_rate=0.01, momentum=0.0, weight_decay=0.0, validation_fraction=0.0):
+    """Raise ValueError or TypeError unless the numbers of a training are in range; see `train`."""
     highs = {"learning_rate": np.inf, "momentum": 1, "weight_decay": 1, "validation_fraction": 1}
     values = learning_rate, momentum, weight_decay, validation_fraction
     for (name, high), value in zip(highs.items(), values, strict=True):

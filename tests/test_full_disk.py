@@ -15,6 +15,7 @@ from rso_numba.__main__ import _write_benchmark
 from rso_numba.files import written_beside
 from rso_numba.history import History, Round
 from rso_numba.models import Network, build
+from rso_numba.sweeps import COLUMNS, _add
 
 
 def history():
@@ -28,13 +29,19 @@ def write_benchmark(path):
     _write_benchmark(argparse.Namespace(out=str(path), backend="cpu", seed=0), None, 1, rows)
 
 
+def add_rows(path):
+    _add(path, [dict.fromkeys(COLUMNS, i) for i in range(100)])
+
+
 # all that writes files
 WRITERS = {
     "network.npz": lambda path: build("one_conv", (1, 8, 8), rng=0).save(path),
     "history.csv": lambda path: history().to_csv(path),
     "figure.png": lambda path: plots.save(plots.curves(history()), path),
     "bench.json": write_benchmark,
+    "sweep.csv": add_rows,
 }
+FORMER = {"sweep.csv": ",".join(COLUMNS).encode() + b"\n"}  # for that file is read first
 
 
 class SmallDisk(io.FileIO):
@@ -60,11 +67,12 @@ def open_on_small_disk(file, mode="r", buffering=-1, encoding=None, errors=None,
 
 def check_refusal(write, path):
     """Check that `write` fails as it should: with what names the path, and with the former file intact."""
-    path.write_bytes(b"former")
+    former = FORMER.get(path.name, b"former")
+    path.write_bytes(former)
     with pytest.raises(OSError, match="make room there, or name another place") as raised:
         write(path)
     assert f"{path} could not be written ({os.strerror(errno.ENOSPC)})" in str(raised.value)
-    assert path.read_bytes() == b"former"
+    assert path.read_bytes() == former
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -77,7 +85,7 @@ def test_a_full_disk_at_any_write(name, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             for module in (builtins, io):
                 patch.setattr(module, "open", open_on_small_disk)
-            SmallDisk.room = 6 + room  # for the former file, too
+            SmallDisk.room = len(FORMER.get(name, b"former")) + room
             check_refusal(write, path)
 
 
