@@ -66,6 +66,14 @@ def generator(rng):
         raise problem(f"rng is {rng!r}; {expected}") from None
 
 
+def training_generator(seed):
+    """Return the Generator that trains a network whose initial weights `seed` draws.
+
+    Not the stream that drew the weights, or the first steps would repeat them.
+    """
+    return np.random.default_rng([whole_number(seed, "seed", 0), 1])
+
+
 def checked_image_shape(shape):
     """Return (C, H, W) as a tuple of int, or raise a ValueError that says what is wrong with it."""
     sizes = tuple(shape) if np.iterable(shape) else ()

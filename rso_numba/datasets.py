@@ -204,6 +204,11 @@ class Dataset:
         return (f"Dataset({self.name!r}: {len(self.train_images)} training and {len(self.test_images)} test "
                 f"images of shape {self.image_shape}, {self.n_classes} classes)")
 
+    def __sizeof__(self):
+        # Dask asks, and sends what is large to each worker once
+        return sum(array.nbytes for array in (
+            self.train_images, self.train_labels, self.test_images, self.test_labels))
+
     @property
     def image_shape(self):
         """Shape of one image: (C, H, W)."""

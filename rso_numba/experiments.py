@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from . import kernels, models, plots, presets, rso, sgd
-from .arguments import whole_number
+from .arguments import training_generator, whole_number
 from .checkpoint import Checkpoint
 from .datasets import check_images, check_labels, check_training
 from .evaluators import FullForward
 from .files import make_folder
 from .history import History
+from .sweeps import read_sweep, sweep  # noqa: F401 (they have a file of their own, which workers import)
 
 SCAN_VALUES = 41  # points of the curve in the picture of one trial
 
@@ -124,8 +125,8 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     write = partial(_write, result, Path(out), before, scan, title, report)
     try:
         for solver, train in trainings.items():
-            _train(result, solver, partial(train, backend=backend, rng=_generator(seed), progress=progress,
-                                           **saved.get(solver, {})))
+            _train(result, solver, partial(train, backend=backend, rng=training_generator(seed),
+                                           progress=progress, **saved.get(solver, {})))
     except KeyboardInterrupt:
         result.interrupted = _where(result)
         # BatchNorm's statistics at hand are of the round before
@@ -153,12 +154,6 @@ def _first_calls(networks, data, batch_size, settings, backend, seed):
     next(rso.trials(_copy(networks["rso"], settings), data, 1, batch_size, settings, backend=backend, rng=0))
     sgd.gradients(networks["sgd"], data.train_images[:2], data.train_labels[:2], backend)
     return scan
-
-
-def _generator(seed):
-    # not the stream that drew the initial weights, or the first steps would repeat them
-    seed = whole_number(seed, "seed", 0)
-    return np.random.default_rng([seed, 1])
 
 
 def _where(result):
@@ -296,8 +291,8 @@ def example_trial(network, data, batch_size=1024, preset="paper", backend="cpu",
     copy = _copy(network, preset)
     copy.fit_scaling(data.train_images)
     # with a training set of batch_size images, every mini-batch is that set: the scan can use it too
-    batch = data.subset(n_train=batch_size, rng=_generator(seed))
-    for trial in rso.trials(copy, batch, 1, batch_size, preset, backend=backend, rng=_generator(seed),
+    batch = data.subset(n_train=batch_size, rng=training_generator(seed))
+    for trial in rso.trials(copy, batch, 1, batch_size, preset, backend=backend, rng=training_generator(seed),
                             order="first_last", trained=("weight",), unit="weight"):
         if trial.accepted:
             break

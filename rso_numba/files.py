@@ -1,5 +1,6 @@
 """Writing files so that nothing already saved is lost, and reading arrays from files that may be damaged."""
 
+import errno
 import io
 import math
 import os
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, or the largest file
 
 
 def make_folder(path):
@@ -21,16 +24,33 @@ def make_folder(path):
 def written_beside(path):
     """Give a temporary path beside `path` to write to, and rename it to `path` at the end.
 
-    If the block raises, the temporary file is removed and a former `path` stays as it was.
+    At any time, even after a power failure, `path` is the former file or the new one, whole. If the block
+    raises, the temporary file is removed and a former `path` stays as it was.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written, because the disk is full for example: names `path` and what to do.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield beside
+        _flush(beside)  # or the disk may get the new name before it gets what is in the file
         os.replace(beside, path)
+    except OSError as error:
+        mend = "make room there, or name" if error.errno in FULL else "name"
+        text = (f"{path} could not be written ({error.strerror or error}); {mend} another place. A former "
+                "file of this name stays as it was")
+        raise (OSError(text) if error.errno is None else OSError(error.errno, text)) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _flush(path):
+    with open(path, "r+b") as file:  # "+": Windows flushes only what may be written to
+        os.fsync(file.fileno())
 
 
 def read_npz(file):

@@ -28,10 +28,11 @@ MNIST_FILES = {
         (10000,), "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
 }
 FOLDERS = ("", "mnist", "MNIST/raw")  # of a data home; torchvision puts the files into the last
+MAX_BYTES = 2**27  # of an array that is read: nearly three times the largest file of MNIST
 MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 
 
-def read_idx(path, expected_shape=None, max_bytes=2**28):
+def read_idx(path, expected_shape=None, max_bytes=MAX_BYTES):
     """Read an array of unsigned bytes from an IDX file (the format of MNIST), gzipped or not.
 
     Parameters

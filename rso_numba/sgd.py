@@ -141,13 +141,11 @@ def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=
     """
     check_training(network, data, epochs, batch_size, "epochs")
     network.check_finite()
+    check_settings(learning_rate, momentum, weight_decay, validation_fraction)
     settings = dict(learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay)
-    for name, value in settings.items():
-        number_below(value, name, np.inf if name == "learning_rate" else 1)
     rng, k = generator(rng), kernels.backend(backend)
     network.fit_scaling(data.train_images)
     history = History("sgd") if history is None else history
-    number_below(validation_fraction, "validation_fraction", 1)
     run = _Run(network, len(data.train_images), validation_fraction, rng)
     if batch_size > len(run.order):
         raise ValueError(f"batch_size is {batch_size}; {len(run.order)} images are left to train on")
@@ -220,3 +218,11 @@ class _Run:
         self.network.set_state(part("network", arrays))
         self.best, self.velocity = part("best", arrays), arrays["velocity"].copy()
         self.order, self.held_out = arrays["order"], arrays["held_out"]
+
+
+def check_settings(learning_rate=0.01, momentum=0.0, weight_decay=0.0, validation_fraction=0.0):
+    """Raise ValueError or TypeError unless the numbers of a training are in range; see `train`."""
+    highs = {"learning_rate": np.inf, "momentum": 1, "weight_decay": 1, "validation_fraction": 1}
+    values = learning_rate, momentum, weight_decay, validation_fraction
+    for (name, high), value in zip(highs.items(), values, strict=True):
+        number_below(value, name, high)

@@ -53,8 +53,8 @@ HUGE = (2**31 - 1, 2**31 - 1, 2**31 - 1)
     (idx_bytes(IMAGES, magic=b"\0\0\x0d\x03"), "type code is 0x0d, expected 0x08"),
     (idx_bytes(IMAGES, shape=(2, -3, -4)), r"\(2, -3, -4\)"),
     (idx_bytes(IMAGES, shape=(0, 3, 4)), r"\(0, 3, 4\)"),
-    (idx_bytes(IMAGES, shape=HUGE), "2147483647, 2147483647, 2147483647.*over max_bytes=268435456"),
-    (idx_bytes(IMAGES, shape=(2**14, 2**14)), "cut short: 24 bytes"),  # as large as is allowed
+    (idx_bytes(IMAGES, shape=HUGE), "2147483647, 2147483647, 2147483647.*over max_bytes=134217728"),
+    (idx_bytes(IMAGES, shape=(2**14, 2**13)), "cut short: 24 bytes"),  # as large as is allowed
     (b"\0\0\x08\0", "0 dimensions"),
     (idx_bytes(IMAGES, shape=(1,) * 9), "9 dimensions"),
     (b"\0\0\x08\xff", "cut short"),
@@ -82,17 +82,6 @@ def test_damaged_gzip_files_are_refused(tmp_path, damage):
     (tmp_path / "a.gz").write_bytes(damage(gzip.compress(idx_bytes(IMAGES))))
     with pytest.raises(ValueError, match="a.gz: damaged or cut short gzip file"):
         mnist.read_idx(tmp_path / "a.gz")
-
-
-def test_a_gzip_bomb_is_not_unpacked(tmp_path):
-    (tmp_path / "bomb.gz").write_bytes(gzip.compress(idx_bytes(IMAGES) + bytes(64 * 2**20)))
-    tracemalloc.start()
-    try:
-        with pytest.raises(ValueError, match="bomb.gz: more bytes follow the 24"):
-            mnist.read_idx(tmp_path / "bomb.gz")
-        assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
-    finally:
-        tracemalloc.stop()
 
 
 def test_read_idx_expects_the_shape_it_is_told(tmp_path):
