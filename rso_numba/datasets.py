@@ -179,8 +179,8 @@ class Dataset:
 
     Parameters
     ----------
-    warn : bool
-        False: no warnings, for images that are known to be meant as they are.
+    any_range : bool
+        Pixels are meant as they are: no warning of their range.
     """
 
     train_images: np.ndarray
@@ -189,14 +189,14 @@ class Dataset:
     test_labels: np.ndarray
     n_classes: int
     name: str = "unnamed"
-    warn: InitVar[bool] = True
+    any_range: InitVar[bool] = False
 
-    def __post_init__(self, warn):
+    def __post_init__(self, any_range):
         n_classes = _check_count(self.n_classes, 2, 2**31 - 1, "n_classes")
         train_images = check_images(self.train_images, name="train_images")
+        _warn_of_layout(train_images.shape[1:])
         test_images = check_images(self.test_images, train_images.shape[1:], name="test_images")
-        if warn:
-            _warn_of_layout(train_images.shape[1:])
+        if not any_range:
             _warn_of_range(train_images, test_images)
         train_labels = check_labels(self.train_labels, n_classes, len(train_images), "train_labels")
         test_labels = check_labels(self.test_labels, n_classes, len(test_images), "test_labels")

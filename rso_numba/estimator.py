@@ -30,7 +30,7 @@ except ImportError:  # scikit-learn before 1.6
 
 
 DEFAULTS = {"rso": {"max_iter": 10, "batch_size": 1024}, "sgd": {"max_iter": 50, "batch_size": 32}}
-STRIP_SIDE = 4  # rows, and at least columns, of an enlarged strip: a model has up to two pools
+ENLARGED = 4  # rows, and at least columns, of what an image of one row becomes: models have up to two pools
 MOST_REPEATS = 10  # mean of whole sample weights that are taken as repeats: more could fill the memory
 
 
@@ -46,14 +46,14 @@ class CNNClassifier(ClassifierMixin, BaseEstimator):
         See `models`.
     image_shape : tuple of int, default=None
         (C, H, W) of the image that a row of X is. None: a square image, if the number of features is a
-        square; else a strip of one row, (1, 1, n_features).
+        square; else an image of one row, (1, 1, n_features).
     max_iter : int, default=None
         Rounds of RSO, or epochs of SGD. None: 10 rounds, or 50 epochs.
     batch_size : int, default=None
         Images of a mini-batch, at most the whole training set. None: 1024 for RSO, 32 for SGD.
     preset : str or Preset, default="paper"
         Input scaling, initial weights, and the settings of RSO: see `presets.Preset`.
-    learning_rate, momentum : float, default=0.05 and 0.9
+    learning_rate, momentum : float, default=0.01 and 0.9
         Of SGD; RSO has none.
     early_stopping : bool, default=False
         Keep a part of the training set for validation, stop when the loss on it has not reached a new minimum
@@ -114,7 +114,7 @@ class CNNClassifier(ClassifierMixin, BaseEstimator):
     """
 
     def __init__(self, solver="rso", model="one_conv", image_shape=None, *, max_iter=None, batch_size=None,
-                 preset="paper", learning_rate=0.05, momentum=0.9, early_stopping=False,
+                 preset="paper", learning_rate=0.01, momentum=0.9, early_stopping=False,
                  validation_fraction=0.1, n_iter_no_change=5, warm_start=False, random_state=None,
                  verbose=False, n_jobs=None, backend="cpu"):
         self.solver = solver
@@ -303,7 +303,7 @@ class _EarlyStopping:
 
 
 def _image_shape(n_features, given):
-    """Return the shape (C, H, W) of the image that a row of X is: `given`, a square or a strip."""
+    """Return the shape (C, H, W) of the image that a row of X is: `given`, a square or one row."""
     if given is not None:
         shape = checked_image_shape(given)
         if math.prod(shape) != n_features:
@@ -315,9 +315,9 @@ def _image_shape(n_features, given):
 
 
 def _enlarged(shape):
-    """Return the shape of images for the network: the pixels of a strip are repeated, for the pools."""
+    """Return the shape of images for the network: of images of one row, the pixels are repeated."""
     channels, height, width = shape
-    return shape if height > 1 else (channels, STRIP_SIDE, width * -(-STRIP_SIDE // width))
+    return shape if height > 1 else (channels, ENLARGED, width * -(-ENLARGED // width))
 
 
 def _generator(random_state):
@@ -368,7 +368,8 @@ def _training_set(images, labels, weights, n_classes, validation_fraction, rng):
     if validation_fraction:
         chosen = first[held_out.repeat(counts[held_out])]
         test_images, test_labels = images[chosen], labels[chosen]
-    return Dataset(train_images, train_labels, test_images, test_labels, n_classes, warn=False)
+    # the next images of partial_fit may go beyond 0..1, and a small validation part be darker than the rest
+    return Dataset(train_images, train_labels, test_images, test_labels, n_classes, any_range=True)
 
 
 def _rounded(weights, rng):

@@ -24,7 +24,7 @@ from rso_numba.presets import Preset
 SOLVERS = pytest.mark.parametrize("solver", ["rso", "sgd"])
 
 
-@parametrize_with_checks([CNNClassifier("rso", max_iter=3), CNNClassifier("sgd", max_iter=20)])
+@parametrize_with_checks([CNNClassifier("rso", max_iter=3), CNNClassifier("sgd")])
 def test_scikit_learns_checks(estimator, check):
     check(estimator)
 
@@ -60,10 +60,10 @@ def test_rows_become_images(rows):
     assert quick(image_shape=(1, 7, 9)).fit(X[:, :63], y).network_.image_shape == (1, 7, 9)
     with pytest.raises(ValueError, match=r"image_shape is \(1, 8, 9\), which has 72 pixels; .* features, 64"):
         quick(image_shape=(1, 8, 9)).fit(X, y)
-    strip = quick().fit(X[:, :3], y)
-    assert strip.network_.image_shape == (1, 4, 6)  # each pixel 4 x 2 times
-    np.testing.assert_array_equal(strip._images(X[:1, :3])[0, 0, 3], np.repeat(X[0, :3] / X[:, :3].max(), 2)
-                                  .astype(np.float32))
+    classifier = quick().fit(X[:, :3], y)
+    assert classifier.network_.image_shape == (1, 4, 6)  # each pixel 4 x 2 times
+    expected = np.float32(X[0, :3] / X[:, :3].max()).repeat(2)
+    np.testing.assert_array_equal(classifier._images(X[:1, :3])[0, 0], [expected] * 4)
 
 
 def test_a_model_too_deep_for_the_images_says_so(rows):
@@ -79,6 +79,12 @@ def test_the_range_of_the_features_does_not_matter(solver, rows, recwarn):
     small, large = (quick(solver).fit(scale * X - shift, y) for scale, shift in ((1, 0), (2.0**20, 2.0**21)))
     np.testing.assert_array_equal(weights(small), weights(large))
     assert not recwarn
+
+
+def test_images_that_come_later_may_go_beyond_the_range_of_the_first(rows, recwarn):
+    X, y = rows
+    classifier = quick().partial_fit(X / 16, y, classes=range(10)).partial_fit(X, y)
+    assert classifier.pixel_range_ == (0, 1) and not recwarn
 
 
 @SOLVERS
@@ -172,14 +178,12 @@ def test_steps_of_rso_do_not_grow_with_the_weights_from_call_to_call(rows):
 @SOLVERS
 def test_early_stopping_ends_with_the_weights_of_the_smallest_validation_loss(solver, rows):
     X, y = rows
-    max_iter = {"rso": 8, "sgd": 60}[solver]
-    classifier = quick(solver, max_iter=max_iter, learning_rate=0.2, early_stopping=True, n_iter_no_change=2,
-                       batch_size=100).fit(X[:100], y[:100])
+    restless = {"learning_rate": 0.2, "batch_size": 10, "early_stopping": True}
+    classifier = quick(solver, max_iter=12, n_iter_no_change=2, **restless).fit(X[:100], y[:100])
     losses = classifier.history_["test_loss"][1:]
     best = int(np.argmin(losses))
-    assert classifier.n_iter_ == len(losses) == best + 3 < max_iter
-    shorter = quick(solver, max_iter=best + 1, learning_rate=0.2, early_stopping=True, n_iter_no_change=100,
-                    batch_size=100).fit(X[:100], y[:100])
+    assert classifier.n_iter_ == len(losses) == best + 3 < 12
+    shorter = quick(solver, max_iter=best + 1, n_iter_no_change=12, **restless).fit(X[:100], y[:100])
     np.testing.assert_array_equal(weights(classifier), weights(shorter))
 
 

@@ -1,4 +1,4 @@
-"""Threads of the `cpu` backend: how they wait, and what becomes of them when the process is forked.
+"""Threads of the `cpu` backend: how they wait, who may use them, and what becomes of them after a fork.
 
 Numba shares a `prange` loop among the threads of OpenMP, where there is one. GNU's OpenMP (Linux) lets a
 thread that waits for the others turn in a loop for milliseconds before it sleeps. That is the fastest where
