@@ -219,11 +219,12 @@ def test_random_states(random_state, rows):
 
 
 def test_no_random_state_is_numpys_global_one(rows):
-    def fitted():
-        np.random.seed(5)  # noqa: NPY002
+    def fitted(seed):
+        np.random.seed(seed)  # noqa: NPY002
         return weights(quick(random_state=None, max_iter=1).fit(*rows))
 
-    np.testing.assert_array_equal(fitted(), fitted())
+    np.testing.assert_array_equal(fitted(5), fitted(5))
+    assert not np.array_equal(fitted(5), fitted(6))
 
 
 def test_n_jobs_is_scoped_and_changes_no_result(rows, monkeypatch):
