@@ -10,4 +10,13 @@ from . import datasets, evaluators, losses, models, rso, sgd
 from .models import Network, build
 
 __version__ = "0.1.0"
-__all__ = ["Network", "build", "datasets", "evaluators", "losses", "models", "rso", "sgd"]
+__all__ = ["CNNClassifier", "Network", "build", "datasets", "evaluators", "losses",  # noqa: F822
+           "models", "rso", "sgd"]
+
+
+def __getattr__(name):
+    if name == "CNNClassifier":  # not before somebody wants it: importing scikit-learn takes a second
+        from .estimator import CNNClassifier
+
+        return CNNClassifier
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ read in `mnist.py`.
 import copy
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import numpy as np
 
@@ -176,6 +176,11 @@ class Dataset:
     train_labels, test_labels : ndarray, shape (N,), int64, in 0..n_classes-1
     n_classes : int
     name : str
+
+    Parameters
+    ----------
+    any_range : bool
+        Pixels are meant as they are: no warning of their range.
     """
 
     train_images: np.ndarray
@@ -184,13 +189,15 @@ class Dataset:
     test_labels: np.ndarray
     n_classes: int
     name: str = "unnamed"
+    any_range: InitVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self, any_range):
         n_classes = _check_count(self.n_classes, 2, 2**31 - 1, "n_classes")
         train_images = check_images(self.train_images, name="train_images")
         _warn_of_layout(train_images.shape[1:])
         test_images = check_images(self.test_images, train_images.shape[1:], name="test_images")
-        _warn_of_range(train_images, test_images)
+        if not any_range:
+            _warn_of_range(train_images, test_images)
         train_labels = check_labels(self.train_labels, n_classes, len(train_images), "train_labels")
         test_labels = check_labels(self.test_labels, n_classes, len(test_images), "test_labels")
         self._set(train_images=train_images, train_labels=train_labels,

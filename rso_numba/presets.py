@@ -29,12 +29,12 @@ class Preset:
     init : {"he", "authors", "glorot"}
         Initial weights: N(0, sqrt(2 / fan_in)); the same, but N(0, sqrt(2 / C_out)) in a shortcut; or uniform
         in +-sqrt(6 / (fan_in + fan_out)). Biases and beta are 0, gamma is 1. Used by `models.build`.
-    sigma : {"layer_std", "fan_in", "pooled"} or float
+    sigma : {"layer_std", "fan_in", "pooled"}, float or dict
         Standard deviation of the step of each layer, sigma_d: the standard deviation of all its
         weights at the start; sqrt(2 / fan_in) (a shortcut has that of the convolution to whose output it is
         added), and 0.167 for gamma and beta; the standard
         deviation of freshly drawn N(0, sqrt(2 / size)) for every tensor of layers 1..d; or one
-        number for every layer.
+        number for every layer; or a number for every parameter, by its name, such as "conv1.weight".
     annealing : {None, "to_tenth", "authors"}
         Factor on sigma in round e = 0..C-1: 1; linear from 1 to 0.1 in the last round (the paper's
         text); 0.1 + 0.9 (C - e) / C (the authors' code).
@@ -68,7 +68,7 @@ class Preset:
 
     scaling: str = "standardize"
     init: str = "he"
-    sigma: str | float = "layer_std"
+    sigma: str | float | dict = "layer_std"
     annealing: str | None = None
     weight_decay: float = 0.0
     batches: str = "fresh"
@@ -162,8 +162,10 @@ def resolve(preset="paper", **overrides):
             continue
         if name != "sigma":
             raise ValueError(f"{name} is {value!r}; expected one of {choices}")
-        if not (is_number(value) and 0 < value < float("inf")):
-            raise ValueError(f"sigma is {value!r}; expected a positive number or one of {choices}")
+        numbers = value.values() if isinstance(value, dict) else [value]
+        if not all(is_number(number) and 0 < number < float("inf") for number in numbers):
+            raise ValueError(f"sigma is {value!r}; expected a positive number or one of {choices}, or a "
+                             "dict of positive numbers")
     if settings.hold == "filter" and settings.unit != "weight":
         raise ValueError(f"hold is 'filter' and unit is {settings.unit!r}; expected unit='weight' with it")
     unknown = [name for name in settings.trained if name not in EVERYTHING]

@@ -126,7 +126,7 @@ def sigmas(network, rule, rng):
     ----------
     network : Network
         With its initial weights.
-    rule : str or float
+    rule : str, float or dict
         See `Preset.sigma`.
     rng : Generator
         Drawn from by "pooled" only.
@@ -134,8 +134,14 @@ def sigmas(network, rule, rng):
     Raises
     ------
     ValueError
-        If a layer would get sigma = 0, so that no step could ever change it, or one that is NaN or infinite.
+        If a layer would get sigma = 0, so that no step could ever change it, or one that is NaN or infinite;
+        or if a dict has no number for a parameter, or one for a parameter that there is not.
     """
+    if isinstance(rule, dict):
+        names = [str(p) for p in network.parameters()]
+        if set(rule) != set(names):
+            raise ValueError(f"sigma has numbers for {', '.join(rule)}; expected {', '.join(names)}")
+        return rule
     sigma, pool, joined = {}, np.empty(0), joined_by_shortcuts(network.layers)
     for leaf in network.leaves:
         parameters = [p for p in network.parameters() if p.layer == leaf.name]

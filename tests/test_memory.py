@@ -1,7 +1,9 @@
 """Memory that is used again: never while anything can still see it."""
 
 import gc
+import sys
 import threading
+from functools import partial
 
 import numba
 import numpy as np
@@ -68,6 +70,28 @@ def test_sizes_that_nobody_asks_for_make_room(monkeypatch):
     del array
     assert memory._waiting_bytes == [80_000] and list(memory._waiting) == [80_000]
     assert address(memory.empty((20_000,), np.float32)) == where
+
+
+def test_threads_of_python_take_memory_at_the_same_time(request):
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-6)
+    problems = []
+
+    def take_and_give_back():
+        try:
+            for _ in range(20_000):
+                memory.empty((1100,), np.float32)
+        except Exception as problem:
+            problems.append(problem)
+
+    threads = [threading.Thread(target=take_and_give_back) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
+    waiting = sum(buffer.size for buffers in memory._waiting.values() for buffer in buffers)
+    assert memory._waiting_bytes == [waiting]
 
 
 def test_an_arena_holds_copies_in_the_same_memory_again(monkeypatch, rng):

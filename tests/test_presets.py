@@ -51,6 +51,17 @@ def test_sigma_notebook_pools_the_layers_from_the_first():
     np.testing.assert_allclose([sigma[name] for name in names], np.repeat(expected, 2))
 
 
+def test_sigma_may_be_a_number_for_every_parameter(small):
+    network = build("one_conv", small.image_shape)
+    numbers = {"conv1.weight": 1.0, "conv1.bias": 2.0, "dense1.weight": 3.0, "dense1.bias": 4.0}
+    trials = rso.trials(network, small, 1, 16, sigma=numbers, step="fixed", rng=0)
+    assert {f"{t.layer}.{t.parameter}": abs(t.delta) for t in trials} == numbers
+    with pytest.raises(ValueError, match=r"conv1.weight, dense.weight; expected conv1.weight, conv1.bias"):
+        rso.train(network, small, 1, 16, sigma={"conv1.weight": 1, "dense.weight": 1})
+    with pytest.raises(ValueError, match=r"sigma is {'conv1.weight': 0}"):
+        rso.train(network, small, 1, 16, sigma={"conv1.weight": 0})
+
+
 def test_steps_have_standard_deviation_sigma(rng):
     for step in ("gaussian", "uniform", "fixed"):
         drawn = draw_step(rng, step, 0.3, (100_000,))

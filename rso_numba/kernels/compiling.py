@@ -12,6 +12,8 @@ import pathlib
 
 import numba
 
+from . import threads
+
 FOLDER = pathlib.Path(__file__).parent
 
 
@@ -45,7 +47,7 @@ def kernel(function):
 
 def parallel_kernel(function):
     """Compile a function whose `prange` loop is shared among the threads."""
-    return _compile(function, parallel=True)
+    return threads.one_at_a_time(_compile(function, parallel=True))
 
 
 def _compile(function, parallel):

@@ -1,4 +1,4 @@
-"""Threads of the `cpu` backend: how they wait, and what becomes of them when the process is forked.
+"""Threads of the `cpu` backend: how they wait, who may use them, and what becomes of them after a fork.
 
 Numba shares a `prange` loop among the threads of OpenMP, where there is one. GNU's OpenMP (Linux) lets a
 thread that waits for the others turn in a loop for milliseconds before it sleeps. That is the fastest where
@@ -8,6 +8,7 @@ of the one that it waits for, and all takes two to ten times longer.
 
 import os
 import sys
+import threading
 
 # Turns of the waiting loop: long enough for most gaps between two kernels, no longer. Measured on two cores,
 # rounds of `one_conv`, batch 1024 (medians; how often a thread went to sleep, a round):
@@ -41,6 +42,32 @@ def require_threads():
             "this process was forked from one that had used the cpu backend, and a fork does not copy its "
             f"threads (layer {_lost[0]}): start processes by multiprocessing.get_context('spawn') or by "
             "joblib, or use backend='numpy' here, or use the cpu backend only after the fork")
+
+
+def one_at_a_time(kernel):
+    """Return a parallel kernel that any thread of Python may call while another one is running.
+
+    OpenMP ("omp") and "tbb" can do this. With "workqueue", Numba would end the process: there the kernels of
+    two trainings take turns, and each training comes to the same weights as alone.
+    """
+    import numba  # not by `import rso_numba`
+
+    numba.get_num_threads()  # begins the threads: now their layer is known
+    return _OneAtATime(kernel) if numba.threading_layer() == "workqueue" else kernel
+
+
+class _OneAtATime:
+    turn = threading.Lock()
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __call__(self, *arguments):
+        with self.turn:
+            return self.kernel(*arguments)
+
+    def __getattr__(self, name):  # such as `stats`
+        return getattr(self.kernel, name)
 
 
 def _note_fork():

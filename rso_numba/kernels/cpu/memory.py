@@ -22,6 +22,7 @@ SCRATCHES = 64  # arrays that a thread of Python keeps for kernels to work in
 
 _waiting = OrderedDict()  # size -> buffers, the size that was used last at the end
 _waiting_bytes = [0]
+_lock = threading.RLock()  # reentrant: collecting garbage may give memory back at any moment
 _lent = {}  # id of a weak reference to an array -> the reference, and the buffer that the array is a view of
 
 _own = threading.local()
@@ -33,7 +34,10 @@ def empty(shape, dtype):
     size = math.prod(shape) * dtype.itemsize
     if size < SMALLEST:
         return np.empty(shape, dtype)
-    buffer = _take(size) if size in _waiting else _aligned(size)
+    with _lock:  # two threads of Python must not take the same
+        buffer = _take(size) if size in _waiting else None
+    if buffer is None:
+        buffer = _aligned(size)
     # NumPy lets every view hold the first array that sees a memoryview (`.data`), which is this one:
     # when it dies, nobody can see the memory any more
     array = np.frombuffer(buffer.data, dtype)
@@ -59,11 +63,12 @@ def _take(size):
 
 def _give_back(reference):
     _, buffer = _lent.pop(id(reference))
-    _waiting.setdefault(buffer.size, []).append(buffer)
-    _waiting.move_to_end(buffer.size)
-    _waiting_bytes[0] += buffer.size
-    while _waiting_bytes[0] > KEPT:  # sizes that nobody asks for any more go first
-        _take(next(iter(_waiting)))
+    with _lock:
+        _waiting.setdefault(buffer.size, []).append(buffer)
+        _waiting.move_to_end(buffer.size)
+        _waiting_bytes[0] += buffer.size
+        while _waiting_bytes[0] > KEPT:  # sizes that nobody asks for any more go first
+            _take(next(iter(_waiting)))
 
 
 def scratch(name, shape, dtype):
