@@ -42,7 +42,7 @@ class Comparison:
 
 def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *, sgd_epochs=30,
             sgd_batch_size=32, learning_rate=0.1, momentum=0.0, backend="cpu", seed=0, out="rso-out",
-            progress=True, report=None):
+            ranks=None, progress=True, report=None):
     """Train one network by RSO and by SGD from the same initial weights, and write what happened.
 
     The defaults suit the digits of scikit-learn.
@@ -62,6 +62,9 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     out : str or path
         A folder, made if need be, for compare.png, rso.csv, sgd.csv, rso.npz, sgd.npz. Former
         files of these names are replaced.
+    ranks : Ranks or None
+        Processes that share the mini-batches of RSO, see `mpi.py`. All call this with the same arguments and
+        train by SGD each for itself; only rank 0 writes.
     progress : bool
         Show progress bars with the time left.
     report : function, optional
@@ -96,16 +99,19 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     result = Comparison(networks, {solver: History(solver) for solver in networks})
     check_training(networks["sgd"], data, sgd_epochs, sgd_batch_size, "epochs", "sgd_batch_size")
     # this searches nothing yet, but complains now, not after the SGD, of arguments that do not fit
-    rso.trials(networks["rso"], data, rounds, batch_size, settings, backend=backend)
-    make_folder(out)
+    rso.trials(networks["rso"], data, rounds, batch_size, settings, backend=backend, ranks=ranks,
+               rng=_generator(seed))
+    leads = ranks is None or ranks.leads
+    if leads:
+        make_folder(out)
     before = first_filters(networks["rso"]).copy()
     scan = _first_calls(networks, data, batch_size, settings, backend, seed)
     title = f"{data.name}: {model}, {networks['rso'].n_weights:,} weights"
     # SGD first: it takes a moment, and an interrupted search then has something to compare with
     trainings = {
         "sgd": partial(sgd.train, networks["sgd"], data, sgd_epochs, sgd_batch_size, learning_rate, momentum),
-        "rso": partial(rso.train, networks["rso"], data, rounds, batch_size, settings)}
-    write = partial(_write, result, Path(out), before, scan, title, report)
+        "rso": partial(rso.train, networks["rso"], data, rounds, batch_size, settings, ranks=ranks)}
+    write = partial(_write, result, Path(out), before, scan, title, report) if leads else lambda: None
     try:
         for solver, train in trainings.items():
             _train(result, solver, partial(train, backend=backend, rng=_generator(seed), progress=progress))

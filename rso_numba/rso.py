@@ -124,7 +124,7 @@ class Trial:
 
 
 def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluation="delta",
-           backend="cpu", evaluator=None, visits=visits, rng=None, **overrides):
+           backend="cpu", evaluator=None, visits=visits, ranks=None, rng=None, **overrides):
     """Return an iterator that trains `network` as it is consumed, one `Trial` a weight.
 
     Parameters
@@ -149,6 +149,8 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
         `evaluators` describes.
     visits : function
         Which weights are visited in a round, and in which order: `visits.visits`, or one with its arguments.
+    ranks : Ranks or None
+        Processes that share every mini-batch, see `mpi.py`. All call this with the same arguments.
     rng : None, int or Generator
         The one source of all random numbers. 0 is a seed like any other.
     **overrides
@@ -162,7 +164,7 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
     Raises
     ------
     ValueError, TypeError
-        At once, if an argument is unknown, out of range, or does not fit the data.
+        At once, if an argument is unknown, out of range, or does not fit the data, or differs between ranks.
     FloatingPointError
         At once, if weights are NaN or infinite. Later, if no loss of a trial is finite, or that of an
         infinite weight is the smallest: the message names the trial, whose weight stays as it was.
@@ -176,10 +178,16 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
     check_training(network, data, rounds, batch_size, "rounds")
     rng = generator(rng)
     network.check_finite()
+    if ranks is not None:
+        ranks.require_same({"settings": (settings, rounds, batch_size, evaluation),
+                            "rng": rng.bit_generator.state, "train_images": data.train_images,
+                            "train_labels": data.train_labels, **network.state()})
+    if evaluator is not None and ranks is not None:
+        raise ValueError("evaluator and ranks are both given; expected one of them")
     if evaluator is None:
         momentum = RUNNING_MOMENTUM if settings.test_statistics == "running" else 0.0
         fixed = data.train_images[:CALIBRATION_IMAGES] if settings.search_statistics == "fixed" else None
-        evaluator = make_evaluator(evaluation, network, backend, momentum, settings.unit, fixed)
+        evaluator = make_evaluator(evaluation, network, backend, momentum, settings.unit, fixed, ranks)
     network.fit_scaling(data.train_images)
     search = partial(algorithm_1, network, data, settings=settings, rounds=rounds, batch_size=batch_size,
                      rng=rng, visits=visits)
@@ -207,13 +215,13 @@ def checked(stream, network):
 
 
 def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluation="delta",
-          backend="cpu", evaluator=None, rng=None, track_trials=False, progress=False, history=None,
-          **overrides):
+          backend="cpu", evaluator=None, ranks=None, rng=None, track_trials=False, progress=False,
+          history=None, **overrides):
     """Train `network` by RSO and return what happened, round by round.
 
     Parameters
     ----------
-    network, data, rounds, batch_size, preset, evaluation, backend, evaluator, rng, **overrides
+    network, data, rounds, batch_size, preset, evaluation, backend, evaluator, ranks, rng, **overrides
         See `trials`.
     track_trials : bool
         Keep every `Trial` in `history.trials`.
@@ -237,7 +245,7 @@ def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluati
     settings = presets.resolve(preset, **overrides)
     history = History("rso") if history is None else history
     stream = trials(network, data, rounds, batch_size, settings, evaluation=evaluation,
-                    backend=backend, evaluator=evaluator, rng=rng)
+                    backend=backend, evaluator=evaluator, ranks=ranks, rng=rng)
     per_round = n_visits(network, settings)
     _end_round(history, network, data, settings, backend)
     with ProgressBar(rounds * per_round, "weight", "RSO", progress) as bar:
