@@ -2,9 +2,9 @@
 
 A loss is a sum over images, and no draw of a search depends on a loss. So all processes, called *ranks*, have
 the same network, the same data and the same random numbers, and run the same loop (`rso.py`). Only their
-evaluators differ: each takes its share of the images (`evaluators/share.py`). Ranks exchange the sums of their
-blocks of images, and each adds all of them in the same order. So all find the same losses, to the last bit, and
-keep the same weights. What this costs, and when it pays: `evaluators/share.md`.
+evaluators differ: each takes its share of the images (`evaluators/share.py`). Ranks exchange the sums of
+their blocks of images, and each adds all of them in the same order. So all find the same losses, to the last
+bit, and keep the same weights. What this costs, and when it pays: `evaluators/share.md`.
 """
 
 import io
@@ -20,7 +20,8 @@ import numpy as np
 
 # where mpiexec tells the processes how many they are: that of Open MPI; that of MPICH, Intel and Microsoft
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-GRACE = 1.0  # seconds in which rank 0 may report an error that all ranks have found
+GRACE = 1.0  # seconds in which rank 0 may report an error that all ranks have found, and end all
+PASS_ON = 0.3  # seconds in which mpiexec passes on what was printed: it loses some when processes are aborted
 
 
 class MpiError(RuntimeError):
@@ -121,6 +122,7 @@ class Ranks:
                 sys.stderr.write("".join(f"rank {self.rank}: {line}\n" for line in lines))
             sys.stdout.flush()
             sys.stderr.flush()
+            time.sleep(PASS_ON)
             self.comm.Abort(status)
         return status
 
@@ -149,6 +151,6 @@ def start(environment=os.environ):
     ranks = Ranks(MPI.COMM_WORLD)
     if ranks.n_ranks != n_started:
         library = MPI.Get_library_version().split("\n")[0].strip("\0 ")
-        raise MpiError(f"mpiexec has started {n_started} processes, of which mpi4py sees {ranks.n_ranks}: its "
-                       f"MPI is another, {library}; use the mpiexec of that one")
+        raise MpiError(f"mpiexec has started {n_started} processes, of which mpi4py sees {ranks.n_ranks}: "
+                       f"its MPI is another, {library}; use the mpiexec of that one")
     return ranks

@@ -1,9 +1,8 @@
 """What is evaluated here of a mini-batch: all of it, unless several ranks share it (`mpi.py`).
 
 Kernels add up numbers over the images of a block. Here these sums become losses and statistics, so this is
-where evaluation on the CPU meets other ranks, and the only place. A share is a run of whole blocks, and the sums
-of all ranks are gathered before they are added, in their order: the results are those of one process, bit for
-bit.
+where evaluation on the CPU meets other ranks, and the only place. A share is a run of whole blocks, and the
+sums of all ranks are gathered and then added in their order: to the last bit as in one process.
 """
 
 from fractions import Fraction
