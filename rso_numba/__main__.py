@@ -13,9 +13,10 @@ import sys
 import warnings
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from . import __version__, datasets, kernels, mnist, models, presets
+from . import __version__, datasets, kernels, mnist, models, mpi, presets
 from .arguments import whole_number
 from .files import make_folder, written_beside
 
@@ -41,8 +42,25 @@ def main(argv=None):
     int
         Exit status: 0; 1 if all was computed and written, but a picture could not be drawn or the output not
         be printed; 2 after an error of the user or a training that diverged; 130 after Ctrl-C.
+
+    Notes
+    -----
+    Processes that `mpiexec` has started search together in `compare`; the other commands are left to rank 0.
     """
+    try:
+        ranks = mpi.start()
+    except mpi.MpiError as error:
+        _note(f"error: {error}")
+        return 2
+    return _run(argv) if ranks is None else ranks.run(partial(_run, argv, ranks))
+
+
+def _run(argv, ranks=None):
     arguments = parser().parse_args(argv)
+    if arguments.command is compare:
+        arguments.ranks = ranks
+    elif ranks is not None and not ranks.leads:
+        return 0
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: _note(f"warning: {message}")
         try:
@@ -123,7 +141,8 @@ def parser():
            help="of all random numbers, 0 or larger (default: %(default)s)")
     option("--backend", default="cpu", metavar="NAME",
            help=f"what computes, {names(kernels.BACKEND_CHOICES)} (default: %(default)s)")
-    option("--threads", type=int, metavar="N", help="threads of the cpu backend (default: all cores)")
+    option("--threads", type=int, metavar="N", help="threads of the cpu backend (default: all cores, "
+           "divided among the processes that mpiexec has started)")
     option("--out", default="rso-out", metavar="FOLDER", type=os.path.expanduser,
            help="folder for the files, made if need be (default: %(default)s)")
     option("--no-progress", action="store_true", help="show no progress bars")
@@ -247,8 +266,12 @@ def compare(arguments):
     os.environ["MPLBACKEND"] = "agg"
     from . import experiments
 
+    ranks = arguments.ranks
+    leads = ranks is None or ranks.leads
     if arguments.threads is not None:
         _set_threads(arguments.threads)
+    elif ranks is not None:
+        ranks.share_cores()
     data = datasets.load(arguments.data, arguments.data_home)
     chosen = dict(DEFAULTS[arguments.data])
     chosen.update({name: getattr(arguments, name) for name in chosen if getattr(arguments, name) is not None})
@@ -257,9 +280,11 @@ def compare(arguments):
         data, arguments.model, chosen["rounds"], chosen["batch_size"], arguments.preset,
         sgd_epochs=chosen["epochs"], sgd_batch_size=arguments.sgd_batch_size,
         learning_rate=arguments.learning_rate, momentum=arguments.momentum, backend=arguments.backend,
-        seed=arguments.seed, out=arguments.out, progress=not arguments.no_progress,
+        seed=arguments.seed, out=arguments.out, ranks=ranks, progress=leads and not arguments.no_progress,
         report=lambda result: failed.append(_show(experiments.table(result.histories.values()))),
         checkpoint_every=checkpoint, resume=arguments.resume)
+    if not leads:
+        return 0
     failed.append(_show(f"wrote {', '.join(map(str, result.files)) or 'nothing'}"))
     if result.diverged:
         _note(f"error: {'; '.join(result.diverged.values())}")

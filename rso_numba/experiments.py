@@ -44,7 +44,7 @@ class Comparison:
 
 def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *, sgd_epochs=30,
             sgd_batch_size=32, learning_rate=0.1, momentum=0.0, backend="cpu", seed=0, out="rso-out",
-            progress=True, report=None, checkpoint_every=None, resume=False):
+            ranks=None, progress=True, report=None, checkpoint_every=None, resume=False):
     """Train one network by RSO and by SGD from the same initial weights, and write what happened.
 
     The defaults suit the digits of scikit-learn.
@@ -64,6 +64,9 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     out : str or path
         A folder, made if need be, for compare.png, rso.csv, sgd.csv, rso.npz, sgd.npz. Former
         files of these names are replaced.
+    ranks : Ranks or None
+        Processes that share the mini-batches of RSO, see `mpi.py`. All call this with the same arguments and
+        train by SGD each for itself; only rank 0 writes.
     progress : bool
         Show progress bars with the time left.
     report : function, optional
@@ -106,10 +109,16 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     result = Comparison(networks, {solver: History(solver) for solver in networks})
     check_training(networks["sgd"], data, sgd_epochs, sgd_batch_size, "epochs", "sgd_batch_size")
     # this searches nothing yet, but complains now, not after the SGD, of arguments that do not fit
-    rso.trials(networks["rso"], data, rounds, batch_size, settings, backend=backend)
-    make_folder(out)
+    rso.trials(networks["rso"], data, rounds, batch_size, settings, backend=backend, ranks=ranks,
+               rng=training_generator(seed))
+    leads = ranks is None or ranks.leads
+    if leads:
+        make_folder(out)
     saved = {}
     if checkpoint_every is not None:
+        if ranks is not None:
+            raise ValueError("there are several ranks, which write no checkpoints; leave out checkpoint and "
+                             "resume, or start one process")
         saved = {solver: dict(checkpoint=Path(out, f"{solver}.checkpoint.npz"), resume=resume,
                               checkpoint_every=checkpoint_every) for solver in networks}
         if not resume:
@@ -121,8 +130,8 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     # SGD first: it takes a moment, and an interrupted search then has something to compare with
     trainings = {
         "sgd": partial(sgd.train, networks["sgd"], data, sgd_epochs, sgd_batch_size, learning_rate, momentum),
-        "rso": partial(rso.train, networks["rso"], data, rounds, batch_size, settings)}
-    write = partial(_write, result, Path(out), before, scan, title, report)
+        "rso": partial(rso.train, networks["rso"], data, rounds, batch_size, settings, ranks=ranks)}
+    write = partial(_write, result, Path(out), before, scan, title, report) if leads else lambda: None
     try:
         for solver, train in trainings.items():
             _train(result, solver, partial(train, backend=backend, rng=training_generator(seed),

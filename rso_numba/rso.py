@@ -130,7 +130,7 @@ class Trial:
 
 
 def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluation="delta",
-           backend="cpu", evaluator=None, visits=visits, cursor=None, rng=None, **overrides):
+           backend="cpu", evaluator=None, visits=visits, ranks=None, cursor=None, rng=None, **overrides):
     """Return an iterator that trains `network` as it is consumed, one `Trial` a weight.
 
     Parameters
@@ -155,6 +155,8 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
         `evaluators` describes.
     visits : function
         Which weights are visited in a round, and in which order: `visits.visits`, or one with its arguments.
+    ranks : Ranks or None
+        Processes that share every mini-batch, see `mpi.py`. All call this with the same arguments.
     cursor : Cursor or None
         See `algorithm_1`.
     rng : None, int or Generator
@@ -170,7 +172,7 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
     Raises
     ------
     ValueError, TypeError
-        At once, if an argument is unknown, out of range, or does not fit the data.
+        At once, if an argument is unknown, out of range, or does not fit the data, or differs between ranks.
     FloatingPointError
         At once, if weights are NaN or infinite. Later, if no loss of a trial is finite, or that of an
         infinite weight is the smallest: the message names the trial, whose weight stays as it was.
@@ -184,10 +186,16 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
     check_training(network, data, rounds, batch_size, "rounds")
     rng = generator(rng)
     network.check_finite()
+    if ranks is not None:
+        ranks.require_same({"settings": (settings, rounds, batch_size, evaluation),
+                            "rng": rng.bit_generator.state, "train_images": data.train_images,
+                            "train_labels": data.train_labels, **network.state()})
+    if evaluator is not None and ranks is not None:
+        raise ValueError("evaluator and ranks are both given; expected one of them")
     if evaluator is None:
         momentum = RUNNING_MOMENTUM if settings.test_statistics == "running" else 0.0
         fixed = data.train_images[:CALIBRATION_IMAGES] if settings.search_statistics == "fixed" else None
-        evaluator = make_evaluator(evaluation, network, backend, momentum, settings.unit, fixed)
+        evaluator = make_evaluator(evaluation, network, backend, momentum, settings.unit, fixed, ranks)
     network.fit_scaling(data.train_images)
     search = partial(algorithm_1, network, data, settings=settings, rounds=rounds, batch_size=batch_size,
                      rng=rng, visits=visits, cursor=cursor)
@@ -215,14 +223,14 @@ def checked(stream, network):
 
 
 def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluation="delta",
-          backend="cpu", evaluator=None, rng=None, track_trials=False, progress=False, history=None,
-          on_trial=None, on_layer=None, on_round=None, trial_log=None, checkpoint=None, checkpoint_every=60,
-          resume=False, **overrides):
+          backend="cpu", evaluator=None, ranks=None, rng=None, track_trials=False, progress=False,
+          history=None, on_trial=None, on_layer=None, on_round=None, trial_log=None, checkpoint=None,
+          checkpoint_every=60, resume=False, **overrides):
     """Train `network` by RSO and return what happened, round by round.
 
     Parameters
     ----------
-    network, data, rounds, batch_size, preset, evaluation, backend, evaluator, rng, **overrides
+    network, data, rounds, batch_size, preset, evaluation, backend, evaluator, ranks, rng, **overrides
         See `trials`.
     track_trials : bool
         Keep every `Trial` in `history.trials`.
@@ -266,9 +274,11 @@ def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluati
     history = History("rso") if history is None else history
     if checkpoint is not None and track_trials:
         raise ValueError("track_trials is True, which a checkpoint does not keep; use trial_log with it")
+    if ranks is not None and (checkpoint is not None or trial_log is not None):
+        raise ValueError("ranks write neither checkpoint nor trial_log; leave them out, or start one process")
     saved = SearchCheckpoint(checkpoint, checkpoint_every, network, rng, history)
     stream = trials(network, data, rounds, batch_size, settings, evaluation=evaluation, backend=backend,
-                    evaluator=evaluator, cursor=saved.cursor, rng=rng)
+                    evaluator=evaluator, ranks=ranks, cursor=saved.cursor, rng=rng)
     goes_on = saved.begin(resume, data, settings=asdict(settings), rounds=rounds, batch_size=batch_size,
                           evaluation=evaluation, backend=kernels.resolve(backend))
     if not goes_on:

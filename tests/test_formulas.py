@@ -65,7 +65,7 @@ def test_loss_of_a_changed_logit(size, bad, rng):
         with np.errstate(invalid="ignore"):
             expected += formulas.changed_cross_entropy(own, total, others.max(), labelled)
     nothing = np.empty((0, 4), np.int64), np.empty(0, np.float32)
-    (found,) = last_layer.last_layer_losses(z, a, *nothing, k, 0, np.array([step]), labels)
+    ((found,),) = last_layer.last_layer_losses(z, a, *nothing, k, 0, np.array([step]), labels, False)
     assert np.isfinite(found) == np.isfinite(expected)
     if np.isfinite(expected):
         assert found == pytest.approx(expected, rel=1e-5)

@@ -8,6 +8,7 @@ from rso_numba.kernels.cpu import convolution, fusion, tiles
 from rso_numba.kernels.cpu.activations import computed
 from rso_numba.kernels.cpu.convolution import conv2d_fused
 from rso_numba.kernels.cpu.dense import dense_fused
+from rso_numba.kernels.cpu.norms import mean_and_variance
 
 POOLS = {
     formulas.NO_POOL: lambda x: x,
@@ -71,7 +72,8 @@ def test_convolution_of_an_epilogue(shape, pool, n_filters, strip, rng, monkeypa
     weight = rng.standard_normal((n_filters, shape[1], 3, 3), np.float32)
     bias = rng.standard_normal(n_filters, np.float32)
     expected = cpu.conv2d_forward(one_by_one(x, epilogue), weight, bias)
-    found, (mean, variance) = conv2d_fused(x, epilogue, weight, bias, n)
+    found, statistics = conv2d_fused(x, epilogue, weight, bias, n)
+    mean, variance = mean_and_variance(statistics, n, found)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     y = cpu.unpack(found, n).astype(np.float64)
     np.testing.assert_allclose(mean, y.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
@@ -85,7 +87,8 @@ def test_convolution_of_an_epilogue(shape, pool, n_filters, strip, rng, monkeypa
 def test_statistics_far_from_zero_and_from_the_first_pixels(n, height, rng):
     x = cpu.pack(rng.standard_normal((n, 1, height, 11), np.float32) / 100 + 1)
     weight, bias = np.full((5, 1, 3, 3), 0.1, np.float32), np.full(5, 30, np.float32)
-    found, (mean, variance) = conv2d_fused(x, fusion.no_epilogue(x), weight, bias, n)
+    found, statistics = conv2d_fused(x, fusion.no_epilogue(x), weight, bias, n)
+    mean, variance = mean_and_variance(statistics, n, found)
     y = cpu.unpack(found, n).astype(np.float64)
     np.testing.assert_allclose(mean, y.mean((0, 2, 3)), rtol=1e-7)
     np.testing.assert_allclose(variance, y.var((0, 2, 3)), rtol=1e-5)

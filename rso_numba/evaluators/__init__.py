@@ -25,7 +25,8 @@ __all__ = ["CudaForward", "DeltaForward", "FullForward", "NoDelta",  # noqa: F82
 EVALUATIONS = ("delta", "full")
 
 
-def make_evaluator(evaluation, network, backend="cpu", momentum=0.0, unit="weight", fixed_images=None):
+def make_evaluator(evaluation, network, backend="cpu", momentum=0.0, unit="weight", fixed_images=None,
+                   ranks=None):
     """Return the evaluator for a search.
 
     Parameters
@@ -40,11 +41,13 @@ def make_evaluator(evaluation, network, backend="cpu", momentum=0.0, unit="weigh
         See `Preset.unit`.
     fixed_images : ndarray (N, C, H, W) or None
         If given, BatchNorms before the layer that is being searched use the statistics of these images.
+    ranks : Ranks or None
+        Processes that share every mini-batch, see `mpi.py`. They need the backend "cpu".
 
     Raises
     ------
     ValueError
-        If there is no such evaluation or backend.
+        If there is no such evaluation or backend, or ranks cannot use it.
     GpuError
         If the backend is "cuda" and does not work here.
 
@@ -57,15 +60,22 @@ def make_evaluator(evaluation, network, backend="cpu", momentum=0.0, unit="weigh
         raise ValueError(f"unknown evaluation {evaluation!r}; known evaluations: {', '.join(EVALUATIONS)}")
     backend = kernels.resolve(backend)
     kernels.backend(backend)  # says what is missing, if anything is
+    if ranks is not None and backend != "cpu":
+        raise ValueError(f"backend is {backend!r}; expected 'cpu', the only one that ranks can share")
+    shared = {} if ranks is None else {"ranks": ranks}
     if evaluation == "delta":
         try:
             if unit != "weight":
                 raise NoDelta(f"a step changes a whole {unit} (unit={unit!r})")
-            return _delta_forward(backend)(network, momentum, fixed_images)
+            return _delta_forward(backend)(network, momentum, fixed_images, **shared)
         except NoDelta as reason:
             warnings.warn(f"every loss is computed by a whole forward pass, because {reason}, which delta "
                           "evaluation cannot do; evaluation='full' does the same without this warning",
                           stacklevel=3)
+    if ranks is not None:
+        from .share import SharedFullForward
+
+        return SharedFullForward(network, momentum, fixed_images, ranks)
     return FullForward(network, backend, momentum, fixed_images)
 
 

@@ -11,8 +11,9 @@ from ..kernels.cpu.memory import Arena
 class Batch:
     """A mini-batch, and what is known about it in the layer that is being searched."""
 
-    images: np.ndarray
+    images: np.ndarray  # those of our share
     labels: np.ndarray
+    share: object
     x: object = None  # that layer's input, an array, Deferred or Rematerialized; in the last layer by feature
     values: object = None  # Values of the nodes with a channel that changes, and of those that follow
     epilogues: dict = field(default_factory=dict)  # of the edges from nodes of which one channel changes
@@ -50,9 +51,9 @@ class BatchCache:
         self.places, self.amounts = np.empty((256, 4), np.int64), np.empty(256, np.float32)
         self.n_logged = 0
 
-    def get(self, key, images, labels):
-        """Return the mini-batch with this key, or a new one."""
-        batch = self.batches.get(key) or Batch(images, labels)
+    def get(self, key, images, labels, share):
+        """Return the mini-batch with this key, or a new one, of which only the `Share` is kept."""
+        batch = self.batches.get(key) or Batch(images[share.own], labels[share.own], share)
         if key is not None:
             self.batches[key] = batch
         return batch

@@ -17,7 +17,7 @@ from ..kernels.cpu.activations import computed
 from ..kernels.cpu.delta import channel_direction
 from ..kernels.cpu.fusion import Deferred, apply_epilogue, of_channels
 from ..kernels.cpu.lanes import LANES
-from ..kernels.cpu.last_layer import by_feature, last_layer_losses
+from ..kernels.cpu.last_layer import CHUNK_IMAGES, LARGE, by_feature, last_layer_losses
 from ..kernels.cpu.layout import as_maps
 from ..kernels.cpu.memory import copy, empty
 from ..kernels.formulas import NO_POOL
@@ -27,6 +27,7 @@ from .batch_cache import BatchCache
 from .graph import Graph
 from .nodes import Values, apply_linear
 from .reach import Change, Reach
+from .share import Share
 
 MANY_CHANNELS = 5  # each costs a convolution about a sixth of its time, to read and write all its output
 FEW_TAPS = 27  # weights of a filter, 3 channels of 3x3: so quickly applied that the value need not be kept
@@ -49,6 +50,8 @@ class DeltaForward:
     memory : float
         Bytes that may hold activations of mini-batches that come back (those that `set_batch` gets
         with a key). What does not fit is computed anew at each visit.
+    ranks : Ranks or None
+        Those who share every mini-batch (and this `memory`, as if they were one process).
 
     Raises
     ------
@@ -56,7 +59,8 @@ class DeltaForward:
         If the network is none that delta evaluation can take: see `Graph`.
     """
 
-    def __init__(self, network, momentum=0.0, fixed_images=None, memory=3.5e9):
+    def __init__(self, network, momentum=0.0, fixed_images=None, memory=3.5e9, ranks=None):
+        self.ranks = ranks
         self.network, self.momentum, self.fixed_images = network, momentum, fixed_images
         self.graph, self.cache = Graph(network), BatchCache(memory)
         self.last = self.graph.nodes[-1]
@@ -76,7 +80,8 @@ class DeltaForward:
         if self.batch is not None and not self.batch.is_held:
             self.batch.x = self.batch.values = None
         self.tried, self.is_new, self.key = [], True, key
-        self._take(images, labels)
+        self.given = images, labels
+        self._take()
 
     def losses(self, parameter, index, candidates):
         """Return the mean loss for each candidate value of `parameter.value[index]`, float64."""
@@ -121,10 +126,13 @@ class DeltaForward:
             self.network.calibrate(self.fixed_images)
             self.fixed = self.graph.norms_before(layer)
         if self.batch is not None:
-            self._take(self.batch.images, self.batch.labels)
+            self._take()
 
-    def _take(self, images, labels):
-        self.batch, self.made = self.cache.get(self.key, images, labels), None
+    def _take(self):
+        # in the last layer losses are added by chunks
+        unit = CHUNK_IMAGES if self.node is self.last else LANES
+        share = Share(len(self.given[1]), self.ranks, unit)
+        self.batch, self.made = self.cache.get(self.key, *self.given, share), None
 
     def _knows_all(self):
         """Return whether nobody else has changed a weight."""
@@ -163,8 +171,8 @@ class DeltaForward:
         batch.applied = self.cache.n_logged
         k, j, _, _ = _place_of(parameter, index)
         sums = last_layer_losses(batch.values.z[self.last], batch.x, missed, amounts, k, j, steps,
-                                 batch.padded_labels)
-        return sums / len(batch.labels)
+                                 batch.padded_labels, batch.share.n_images > LARGE)
+        return batch.share.last_layer_losses(sums)
 
     def _losses(self, batch, parameter, index, candidates, steps):
         """Return the losses in any other layer."""
@@ -173,23 +181,28 @@ class DeltaForward:
         if batch.values is None or self._is_far_behind(batch):
             self._compute(batch)
         self._catch_up(batch)
+        sums, statistics, changed = [], [], np.flatnonzero(steps)
         if batch.loss_applied != n_logged:
-            batch.loss, statistics = self.reach.loss(batch.values, batch.labels)
-            batch.loss_applied = n_logged
-            batch.values.statistics.update(statistics)
+            as_is, statistics_as_is = self.reach.loss_sums(batch.values, batch.labels)
+            batch.values.statistics.update(statistics_as_is)
+            sums.append(as_is)
         self._follow(batch)
-        self.tried, losses = [], np.full(len(candidates), batch.loss)
-        if not steps.any():
-            return losses
-        z, k = self._stored(batch, channel)
-        direction, moments = self._direction(batch, z, k, channel, places, np.ones(1, np.float32))
-        for i in np.flatnonzero(steps):
+        if len(changed):
+            z, k = self._stored(batch, channel)
+            direction, moments = self._direction(batch, z, k, channel, places, np.ones(1, np.float32))
+        for i in changed:
             parameter.value[index] = candidates[i]
             amount = steps[i] if places[0, 1] != NO_TAP else np.float32(0)
             changes = self._changes(batch, z, k, channel, direction, moments, amount)
-            losses[i], statistics = self.reach.loss(
-                batch.values, batch.labels, batch.epilogues, changes, channel)
-            self.tried.append((candidates[i], losses[i], statistics))
+            found = self.reach.loss_sums(batch.values, batch.labels, batch.epilogues, changes, channel)
+            sums.append(found[0])
+            statistics.append(found[1])
+        found = batch.share.mean_losses(sums) if sums else []  # all at once: ranks wait for each other here
+        if batch.loss_applied != n_logged:
+            batch.loss, batch.loss_applied = found.pop(0), n_logged
+        losses = np.full(len(candidates), batch.loss)
+        losses[changed] = found
+        self.tried = list(zip([candidates[i] for i in changed], found, statistics, strict=True))
         return losses
 
     def _changes(self, batch, z, k, channel, direction, moments, amount):
@@ -207,7 +220,9 @@ class DeltaForward:
         mean = float(batch.values.statistics[node][0][channel]) if node.norms else None
         x, taps_in_x = self._channels(batch.x, places[taps, 1:]) if node.linear else (z, places[:0, 1:])
         size = node.linear.size if isinstance(node.linear, Conv2D) else 1
-        return channel_direction(x, taps_in_x, amounts[taps], size, node.step, z, k, mean, len(batch.labels))
+        direction, sums = channel_direction(x, taps_in_x, amounts[taps], size, node.step, z, k, mean,
+                                            len(batch.labels))
+        return direction, batch.share.moments(sums, direction) if node.norms else None
 
     def _channels(self, x, taps):
         """Return the node's input and taps in it, (n, 3); of a Rematerialized only the channels needed."""
@@ -255,8 +270,8 @@ class DeltaForward:
 
     def _input(self, batch):
         """Return the input of the searched node, how to make it again (or None), and the nodes before."""
-        values, node = Values(len(batch.labels), self.fixed), self.node
-        x = computed(cpu.propagate(self.graph.head, cpu.pack(batch.images), Pass(cpu, values.n_images)))
+        values, node = Values(batch.share, self.fixed), self.node
+        x = computed(cpu.propagate(self.graph.head, cpu.pack(batch.images), Pass(cpu, len(batch.labels))))
         values.put(self.graph.nodes[0], as_maps(x))
         for before in self.graph.nodes[1 : node.index]:
             if before in self.reach.needed:
@@ -287,7 +302,7 @@ class DeltaForward:
         if node.addends or node.linear is None:
             values.compute(node)
         else:
-            values.z[node], values.statistics[node] = apply_linear(node, x, None, values.n_images)
+            values.z[node], values.statistics[node] = apply_linear(node, x, None, values.share)
 
     def _compute(self, batch):
         """Compute the bases for a mini-batch, and keep them if there is room."""
@@ -296,7 +311,7 @@ class DeltaForward:
         if x is None or isinstance(x, Rematerialized) or not reach.by_input:
             x, remade, values = self._input(batch)
         else:
-            values = Values(len(batch.labels), self.fixed)
+            values = Values(batch.share, self.fixed)
         if node.index > 0:
             self._compute_searched(x, values)
         for later in self.graph.nodes[node.index + 1 :]:
@@ -329,7 +344,7 @@ class DeltaForward:
         if remade and _array(x).nbytes > sum(array.nbytes for array in z.values()):
             x = remade  # instead of what would be most of the memory
         arrays = [*z.values()] if x is None else [_array(x), *z.values()]
-        copies = self.cache.arena.hold(arrays)
+        copies = self.cache.arena.hold(arrays, batch.share.times_larger)
         if copies is not None:
             batch.is_held = True
             batch.values.z = dict(zip(z, copies[len(copies) - len(z) :], strict=True))

@@ -18,7 +18,8 @@ class Values:
 
     Parameters
     ----------
-    n_images : int
+    share : Share
+        The images.
     fixed : collection of str
         Names of BatchNorms that use their stored statistics.
 
@@ -30,8 +31,8 @@ class Values:
         Mean and variance of the channels of a node, (C,) each, if a BatchNorm reads it.
     """
 
-    def __init__(self, n_images, fixed=frozenset()):
-        self.n_images, self.fixed = n_images, fixed
+    def __init__(self, share, fixed=frozenset()):
+        self.share, self.fixed = share, fixed
         self.z, self.statistics = {}, {}
 
     def epilogue(self, edge, channels=slice(None)):
@@ -58,7 +59,7 @@ class Values:
         edges = node.edges if edges is None else edges
         addends = [edge for edge in node.addends if edge in edges]
         if node.layer:
-            run = Pass(cpu, self.n_images)
+            run = Pass(cpu, self.share.n_own)
             start = as_maps(computed(node.layer.forward(computed(self.along(addends[0])), run)))
             addends = []
         for edge in addends:
@@ -68,14 +69,14 @@ class Values:
                 start = cpu.add(start, self.along(edge))
         if node.input in edges and node.input is not None:
             self.z[node], self.statistics[node] = apply_linear(
-                node, *self.along(node.input), self.n_images, start=start, y=y)
+                node, *self.along(node.input), self.share, start=start, y=y)
         else:
             self.put(node, start)
 
     def put(self, node, z):
         """Take a value for a node; compute its statistics if a BatchNorm needs them."""
         self.z[node] = z
-        self.statistics[node] = cpu.batchnorm_statistics(z, self.n_images) if node.norms else None
+        self.statistics[node] = self.share.statistics(z) if node.norms else None
 
 
 def epilogue(edge, statistics, fixed=frozenset(), channels=slice(None)):
@@ -96,7 +97,7 @@ def with_bias(node, z):
     return z + node.linear.bias[:, None, None, None]
 
 
-def apply_linear(node, z, epilogue, n_images, channels=slice(None), start=None, y=None):
+def apply_linear(node, z, epilogue, share, channels=slice(None), start=None, y=None):
     """Return the output of a node's linear layer, and its statistics if a BatchNorm reads it.
 
     Parameters
@@ -105,7 +106,7 @@ def apply_linear(node, z, epilogue, n_images, channels=slice(None), start=None, 
     z : ndarray (n_blocks, C_in, H, W, LANES) or Deferred
     epilogue : Epilogue or None
         What is done to z, which is then not Deferred.
-    n_images : int
+    share : Share
     channels : slice
         Which channels of the layer's input z holds.
     start : ndarray (n_blocks, C_out, h, w, LANES) or None
@@ -123,9 +124,10 @@ def apply_linear(node, z, epilogue, n_images, channels=slice(None), start=None, 
     weight = node.linear.weight[:, channels]
     if node.step == 2:
         weight = merged_with_avgpool(weight)
-    weight, counted = np.ascontiguousarray(weight), n_images if node.norms else None
+    weight, counted = np.ascontiguousarray(weight), share.n_own if node.norms else None
     if node.is_dense:
         start, y = (a if a is None else a.reshape(len(a), -1, LANES) for a in (start, y))
         y = as_maps(dense_fused(z, epilogue, weight, node.linear.bias, start, y))
-        return y, cpu.batchnorm_statistics(y, n_images) if node.norms else None
-    return conv2d_fused(z, epilogue, weight, node.linear.bias, counted, start, node.step, y)
+        return y, share.statistics(y) if node.norms else None
+    y, statistics = conv2d_fused(z, epilogue, weight, node.linear.bias, counted, start, node.step, y)
+    return y, share.mean_and_variance(statistics, y) if node.norms else None

@@ -15,6 +15,7 @@ from ..kernels.cpu.delta import add_to_channel, channel_sum, epilogue_change
 from ..kernels.cpu.fusion import apply_epilogue, of_channels
 from ..kernels.cpu.lanes import LANES
 from ..kernels.cpu.layout import as_maps
+from ..kernels.cpu.softmax import loss_sums
 from ..passes import Pass
 from .kinds import Kinds
 from .nodes import Values, apply_linear, epilogue
@@ -63,7 +64,7 @@ class Reach(Kinds):
         for later in self.one[1:]:
             z = values.z[later]
             if later.layer:
-                (edge,), run = later.addends, Pass(cpu, values.n_images)
+                (edge,), run = later.addends, Pass(cpu, values.share.n_own)
                 a = later.layer.forward(self._channel_along(edge, values, changes[edge.source], channel), run)
                 direction = as_maps(computed(a)) - z[:, channel : channel + 1]
             else:
@@ -73,7 +74,7 @@ class Reach(Kinds):
             statistics = None
             if later.norms:
                 changed = channel_sum(z, channel, direction, ONE)
-                statistics = cpu.batchnorm_statistics(changed, values.n_images)
+                statistics = values.share.statistics(changed)
             changes[later] = Change(z, channel, direction, ONE, statistics)
         return changes
 
@@ -90,18 +91,18 @@ class Reach(Kinds):
         return apply_epilogue(
             channel_sum(change.z, change.k, change.direction, change.amount), after)
 
-    def loss(self, values, labels, epilogues=None, changes=None, channel=None):
-        """Return the mean loss with changes of one channel, and the statistics of the nodes of `all`.
+    def loss_sums(self, values, labels, epilogues=None, changes=None, channel=None):
+        """Return the losses with changes of one channel, a sum for each block, and the statistics of `all`.
 
         `values` are the bases as they are; without changes it is the loss as it is.
         """
-        found = Values(values.n_images, values.fixed)
+        found = Values(values.share, values.fixed)
         with self._added(values, epilogues, changes, channel):
             for later in self.all:
                 self._compute(later, values, found, epilogues, changes, channel)
             logits = found.z[self.last] if self.last in self.all else values.z[self.last]
-            loss = cpu.mean_loss(logits.reshape(len(logits), -1, LANES), labels)
-        return loss, found.statistics
+            sums = loss_sums(logits.reshape(len(logits), -1, LANES), labels)
+        return sums, found.statistics
 
     def _compute(self, later, values, found, epilogues, changes, channel):
         """Compute a node of `all`."""
@@ -114,7 +115,7 @@ class Reach(Kinds):
         if changes is not None:
             change = self._change_along(later.input, values, epilogues, changes, channel)
             features = _features(later, change, channel)
-            z, statistics = apply_linear(later, change, None, values.n_images, features, base)
+            z, statistics = apply_linear(later, change, None, values.share, features, base)
         for edge in rest:
             z = cpu.add(z, found.along(edge))
         if rest:
@@ -149,7 +150,7 @@ class Reach(Kinds):
             change = self._change_along(later.input, values, epilogues, changes, channel)
             features = _features(later, change, channel)
             _, values.statistics[later] = apply_linear(
-                later, change, None, values.n_images, features, values.z[later], values.z[later])
+                later, change, None, values.share, features, values.z[later], values.z[later])
         for one, change in changes.items():
             if one in values.z:
                 add_to_channel(values.z[one], channel, change.direction, change.amount)

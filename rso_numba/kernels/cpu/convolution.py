@@ -15,7 +15,7 @@ from .fusion import deferred, load_padded, pooled_shape
 from .lanes import LANES, WIDE, broadcast, first_lanes, load, multiply_add, store_fence, sum_lanes
 from .layout import add_blocks
 from .memory import block_range, empty, n_threads_of, scratch, workspace_of, workspaces
-from .norms import around_means, count_pixels, deviations, mean_and_variance
+from .norms import around_means, count_pixels, deviations
 from .tiles import (
     CHANNELS,
     PIXELS,
@@ -54,7 +54,7 @@ def conv2d_before_norm(x, weight, bias):
 
 
 def conv2d_fused(z, epilogue, weight, bias, n_images, start=None, stride=1, y=None, exact_zeros=False):
-    """Return the convolution of what an `Epilogue` makes of z, and the statistics of the result.
+    """Return the convolution of what an `Epilogue` makes of z, and the statistics of its blocks.
 
     Parameters
     ----------
@@ -78,8 +78,8 @@ def conv2d_fused(z, epilogue, weight, bias, n_images, start=None, stride=1, y=No
     Returns
     -------
     y : ndarray (n_blocks, C_out, h // stride, w // stride, LANES)
-    statistics : (mean (C_out,), variance (C_out,)) or None
-        Over images and pixels of y.
+    statistics : ndarray (2, n_blocks, C_out), float64
+        Of the blocks of y, for `norms.mean_and_variance`; of no blocks if nobody asks.
     """
     shape, started = pooled_shape(z.shape[1:4], epilogue.pool), start is not None
     if y is None:
@@ -96,7 +96,7 @@ def conv2d_fused(z, epilogue, weight, bias, n_images, start=None, stride=1, y=No
         workspace = Workspace(padded_workspace(shape, weight.shape[2], stride, z.dtype), sums)
         conv2d_blocks(z, epilogue, filters, start if started else y, started, stride, nontemporal,
                       n_images or 0, y, statistics, workspace)
-    return y, None if n_images is None else mean_and_variance(statistics, n_images, y)
+    return y, statistics
 
 
 @parallel_kernel

@@ -60,7 +60,7 @@ def add_quarters(weight, merged):
 
 def channel_direction(x, taps, amounts, size, step, z=None, k=0, mean=None, n_images=0, direction=None,
                       k_out=0):
-    """Return by what changes of weights change channel k of z, and its moments if z has a `mean` there.
+    """Return by what changes of weights change channel k of z, and sums of it if z has a `mean` there.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def channel_direction(x, taps, amounts, size, step, z=None, k=0, mean=None, n_im
     size : int
         Rows and columns of a filter, before the pool was merged into it.
     z : ndarray (n_blocks, C_out, h, w, LANES)
-        Output of the convolution, only read for the moments.
+        Output of the convolution, only read for the sums.
     mean : float or None
     n_images : int
     direction : ndarray (n_blocks, C, h, w, LANES) or None
@@ -80,8 +80,8 @@ def channel_direction(x, taps, amounts, size, step, z=None, k=0, mean=None, n_im
     Returns
     -------
     direction : ndarray (n_blocks, 1, h, w, LANES), or what was given
-    moments : (float, float, float) or None
-        mean(direction), covariance(z, direction), variance(direction).
+    sums : ndarray (3, n_blocks), float64
+        Of direction, (z - mean) direction and direction ** 2, block by block; of no blocks without a mean.
     """
     (x, epilogue), (_, n_channels, height, width, _) = deferred(x), x.shape
     if direction is None:
@@ -94,10 +94,7 @@ def channel_direction(x, taps, amounts, size, step, z=None, k=0, mean=None, n_im
     out, z = Channel(direction, k_out), Channel(direction if z is None else z, k)
     filter_blocks(x, epilogue, taps, amounts, step, weight, out, z, np.float32(mean or 0), n_images, sums,
                   workspace)
-    if mean is None:
-        return direction, None
-    mean_d, mean_zd, mean_dd = sums.sum(axis=1) / (n_images * direction.shape[2] * direction.shape[3])
-    return direction, (mean_d, mean_zd, mean_dd - mean_d**2)
+    return direction, sums
 
 
 @parallel_kernel

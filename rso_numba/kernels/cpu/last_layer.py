@@ -13,6 +13,7 @@ from .softmax import fast_exp
 ZERO = np.float32(0)
 ONE = np.float32(1)
 CHUNK_IMAGES = 16 * LANES  # images that one thread takes care of in the last layer
+LARGE = 8 * CHUNK_IMAGES  # images of a mini-batch that is worth more than one thread
 
 
 def by_feature(x, n_ones=0):
@@ -35,7 +36,7 @@ def by_feature_blocks(x, y):
                 y[i, b, lane] = x[b, i, lane]
 
 
-def last_layer_losses(z, a, changes, amounts, k, j, steps, labels):
+def last_layer_losses(z, a, changes, amounts, k, j, steps, labels, is_large):
     """Bring logits up to date, then return their loss for every step of one weight.
 
     Parameters
@@ -51,17 +52,19 @@ def last_layer_losses(z, a, changes, amounts, k, j, steps, labels):
     steps : ndarray (n_steps,)
     labels : ndarray (n,) int
         -1 where there is no image.
+    is_large : bool
+        Whether the mini-batch is so large that all threads should share the work. (They wait for each other,
+        on a busy machine for milliseconds: small work is done sooner by one.)
 
     Returns
     -------
-    ndarray (n_steps,), float64
-        Sums of the losses of all images.
+    ndarray (n_chunks, n_steps), float64
+        Sums of the losses of each CHUNK_IMAGES images.
     """
     sums = np.empty((-(-len(labels) // CHUNK_IMAGES), len(steps)))
-    # threads wait for each other, on a busy machine for milliseconds: small work is done sooner by one
-    chunks = chunks_by_all_threads if len(sums) > 8 else chunks_by_one_thread
+    chunks = chunks_by_all_threads if is_large else chunks_by_one_thread
     chunks(z, a, changes, amounts, k, j, steps, labels, sums)
-    return sums.sum(axis=0)
+    return sums
 
 
 def _chunks(z, a, changes, amounts, k, j, steps, labels, sums):

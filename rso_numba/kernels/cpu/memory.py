@@ -138,9 +138,13 @@ class Arena:
         self.spare += [memory for memory, _ in self.chunks]
         self.chunks = []
 
-    def hold(self, arrays):
-        """Return copies of arrays, or None if there is no room for all of them."""
-        sizes = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
+    def hold(self, arrays, times=1):
+        """Return copies of arrays, or None if there is no room for all of them.
+
+        So many `times` their size is set aside, as if they were of all images and not of a share of them.
+        (Memory that nobody touches costs nothing.)
+        """
+        sizes = [-(-int(array.nbytes * times) // ALIGNMENT) * ALIGNMENT for array in arrays]
         chunk = self._chunk_with(sum(sizes))
         if chunk is None:
             return None

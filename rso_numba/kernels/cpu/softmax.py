@@ -50,10 +50,15 @@ def softmax_sums(logits, lane):
 
 def mean_loss(logits, labels):
     """Return the mean cross-entropy: summed block by block, then over the blocks, in float64."""
+    return float(loss_sums(logits, labels).sum()) / len(labels)
+
+
+def loss_sums(logits, labels):
+    """Return the sum of the losses of each block, (n_blocks,) float64."""
     logits = computed(logits)
     sums = np.empty(len(logits))
     loss_blocks(logits, labels, sums)
-    return float(sums.sum()) / len(labels)
+    return sums
 
 
 @parallel_kernel
