@@ -181,8 +181,8 @@ def test_interrupted_comparison_goes_on(finished, monkeypatch, capsys, tmp_path,
     assert f"interrupted in {place}" in err and "to go on, give the same command with --resume" in err
     assert main([*arguments, str(folder), "--checkpoint"]) == 2
     assert "of a training that was interrupted" in capsys.readouterr().err
-    assert main([*arguments[:-1], "--batch-size", "9", "--out", str(folder), "--resume"]) == 2
-    assert "batch_size was 8, and is 9" in capsys.readouterr().err
+    assert main([*arguments, str(folder), "--model", "two_conv", "--resume"]) == 2
+    assert "is the checkpoint of another training: network was" in capsys.readouterr().err
     assert main([*arguments, str(folder), "--resume"]) == 0
     for solver in ("rso", "sgd"):
         assert (folder / f"{solver}.npz").read_bytes() == (tmp_path / "whole" / f"{solver}.npz").read_bytes()
