@@ -269,7 +269,8 @@ def sgd_rows(model, data, batch_size, effort, seed):
         networks = [models.build(model, data.image_shape, data.n_classes, seed, "notebook") for _ in range(2)]
         train(networks[0], small, batch_size, seed)  # the first call of everything
         ends.append(networks[0].weights)
-        np.testing.assert_allclose(ends[-1], ends[0], rtol=1e-4, atol=1e-6, err_msg=f"{what}, {model}")
+        # a bias before a BatchNorm moves by rounding only
+        np.testing.assert_allclose(ends[-1], ends[0], rtol=1e-4, atol=1e-5, err_msg=f"{what}, {model}")
         sleep(effort.rest)
         rows[-1].value = train(networks[1], part, batch_size, seed) * n / n_timed
         rows[-1].measured, rows[-1].peak_mib = measured, peak_mib()
