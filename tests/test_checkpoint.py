@@ -14,7 +14,7 @@ import pytest
 from checkpoint_worker import RUNS, train
 
 from rso_numba import build, rso, sgd, trial_log
-from rso_numba.layers import Conv2D, Dense, Flatten, ReLU, Residual
+from rso_numba.layers import BatchNorm, Conv2D, Dense, Flatten, ReLU, Residual
 from rso_numba.models import Network
 
 SMALL_NORMS = dict(model="paper_mnist", preset="authors", trained=("gamma", "beta"))
@@ -69,10 +69,12 @@ SEARCHES = [
 
 @pytest.mark.parametrize("arguments", SEARCHES, ids=str)
 def test_an_interrupted_search_goes_on_bit_for_bit(small, tmp_path, arguments):
-    expected = run(small, **arguments)
+    logs = [None, None] if "unit" in arguments else [tmp_path / "whole.csv", tmp_path / "parts.csv"]
+    expected = run(small, trial_log=logs[0], **arguments)
     n = expected[1].weights_visited
-    found = interrupted(small, tmp_path / "rso.npz", [n // 3, n // 3, 1], **arguments)
+    found = interrupted(small, tmp_path / "rso.npz", [n // 3, n // 3, 1], trial_log=logs[1], **arguments)
     assert_same(found, expected)
+    assert logs[0] is None or logs[0].read_text() == logs[1].read_text()  # to the last bit of the losses
 
 
 def test_fifty_rounds_are_stopped_ten_times(small, tmp_path):
@@ -85,15 +87,17 @@ def test_fifty_rounds_are_stopped_ten_times(small, tmp_path):
 
 @pytest.mark.parametrize("name", ["residual", "one layer"])
 def test_a_network_with_a_residual_or_one_layer_goes_on(small, tmp_path, name):
+    # the losses are compared, too: by mini-batches that come back they would differ first
     def search(**arguments):
-        body = [Conv2D(2), Residual([Conv2D(3), ReLU(), Conv2D(2)])] if name == "residual" else []
-        network = Network([*body, Flatten(), Dense(10)], small.image_shape, 10)
+        body = [Conv2D(2), BatchNorm(), Residual([Conv2D(3), ReLU(), Conv2D(2)])]
+        layers = [*(body if name == "residual" else []), Flatten(), Dense(10)]
+        network, log = Network(layers, small.image_shape, 10), tmp_path / "log.csv"
         network.initialize("he", 0)
-        rso.train(network, small, 2, 20, rng=1, **arguments)
-        return network.weights.tobytes()
+        rso.train(network, small, 2, 20, "notebook", rng=1, trial_log=log, **arguments)
+        return network.weights.tobytes(), log.read_text()
 
     arguments = dict(checkpoint=tmp_path / "rso.npz", checkpoint_every=0)
-    for i, stop in enumerate((400, 900)):
+    for i, stop in enumerate((700, 900)):
         trials = iter(range(stop))
         with pytest.raises(KeyboardInterrupt):
             search(resume=i > 0, **arguments, on_trial=lambda _, trials=trials: (
