@@ -130,8 +130,8 @@ def test_a_loss_that_is_known_is_not_computed_again(digits, monkeypatch):
         evaluator.set_batch(digits.train_images[:50], digits.train_labels[:50])
     first = delta.losses(parameter, index, (parameter.value[index], 0.5, -0.5))
     delta.keep(parameter, index, 0.5)
-    finished, loss = [], delta.reach.loss
-    monkeypatch.setattr(delta.reach, "loss", lambda *a: finished.append(a) or loss(*a))
+    finished, loss_sums = [], delta.reach.loss_sums
+    monkeypatch.setattr(delta.reach, "loss_sums", lambda *a: finished.append(a) or loss_sums(*a))
     second = delta.losses(parameter, index, (0.5, 1.0, -1.0))
     assert len(finished) == 2 and second[0] == first[1]
     np.testing.assert_allclose(second, full.losses(parameter, index, (0.5, 1.0, -1.0)), rtol=1e-5)
