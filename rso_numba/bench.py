@@ -15,7 +15,7 @@ import numba
 import numpy as np
 
 from . import kernels, models, presets, rso, sgd
-from .arguments import whole_number
+from .arguments import training_generator, whole_number
 from .bench_torch import LEARNING_RATE, TorchForward, torch_or_none, torch_sgd
 from .datasets import Dataset
 from .visits import visits
@@ -137,6 +137,7 @@ class Visit:
     filter_size: int
     seconds: list = field(default_factory=list)
     losses: list = field(default_factory=list)
+    counted: list = field(default_factory=list)
 
     def total(self, n_first, block):
         """Return the seconds that all weights of the parameter take, the median if those were whole rounds.
@@ -156,12 +157,12 @@ class Visit:
         return np.reshape(self.seconds, (-1, self.n_weights)).sum(axis=1)
 
 
-def timed_visits(job, choose, evaluator_of=None, rounds=1, **arguments):
+def timed_visits(job, choose, evaluator_of=None, rounds=1, count=lambda: 0, **arguments):
     """Run the chosen trials of some rounds; return a dict of `Visit` by parameter.
 
-    `evaluator_of` makes an evaluator that `rso.trials` does not know; `arguments` go to `rso.trials`. One
-    trial more than was chosen begins each round and is not counted: sigma, the order of the visits and the
-    partition of the data are made in the first.
+    `evaluator_of` makes an evaluator that `rso.trials` does not know; `Visit.counted` is what trials added to
+    `count()`; `arguments` go to `rso.trials`. One trial more than was chosen begins each round and
+    is not counted: sigma, the order of the visits and the partition of the data are made in the first.
     """
     network, timed = job.network(), {}
 
@@ -178,15 +179,16 @@ def timed_visits(job, choose, evaluator_of=None, rounds=1, **arguments):
 
     evaluator = evaluator_of(network, fixed_images=job.fixed_images()) if evaluator_of else None
     stream = rso.trials(network, job.data, rounds, job.batch_size, job.preset, evaluator=evaluator,
-                        visits=chosen_visits, rng=np.random.default_rng([job.seed, 1]), **arguments)
+                        visits=chosen_visits, rng=training_generator(job.seed), **arguments)
     last = next(stream)
-    begin = clock()
+    before, begin = count(), clock()
     for trial in stream:
         visit = timed[f"{trial.layer}.{trial.parameter}"]
         if trial.round == last.round:
             visit.seconds.append(clock() - begin)
             visit.losses.append(trial.losses)
-        last, begin = trial, clock()
+            visit.counted.append(count() - before)
+        last, before, begin = trial, count(), clock()
     return timed
 
 

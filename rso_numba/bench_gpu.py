@@ -11,6 +11,7 @@ from time import perf_counter
 import numpy as np
 
 from . import bench, presets, rso
+from .arguments import training_generator
 from .evaluators.graph import Graph
 from .evaluators.kinds import Kinds
 from .kernels.formulas import NO_POOL
@@ -89,7 +90,7 @@ def delta_row(job, effort, peaks, **settings):
         np.testing.assert_allclose(visit.losses, small[1][name].losses, rtol=1e-4, err_msg=name)
     network = job.network()
     stream = rso.trials(network, job.data, 1, job.batch_size, job.preset, backend="cuda",
-                        rng=np.random.default_rng([job.seed, 1]), **settings)
+                        rng=training_generator(job.seed), **settings)
     # trials are decided in groups: only a whole round can be timed
     begin = perf_counter()
     n = sum(1 for _ in stream)

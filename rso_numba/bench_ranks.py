@@ -13,9 +13,8 @@ from time import perf_counter
 import numba
 import numpy as np
 
-from . import datasets, mpi, rso
-from .bench import BLOCK, CONFIGURATIONS, Effort, Visit, first_n, job_of
-from .visits import visits
+from . import datasets, mpi
+from .bench import BLOCK, CONFIGURATIONS, Effort, first_n, job_of, timed_visits
 
 CALLS = 2000  # of a reduction, to be timed
 
@@ -47,34 +46,14 @@ def seconds_of_reduction(ranks, n_bytes):
 
 def means_of_round(job, n, rounds, ranks):
     """Return mean seconds, reductions and bytes of a trial, from n weights of each parameter, or all."""
-    network, timed, counted = job.network(), {}, {}
+    def count():
+        return np.array([ranks.calls, ranks.n_bytes] if ranks else [0, 0])
 
-    def chosen_visits(*arguments):
-        chosen = []
-        for parameter, indices, sigma in visits(*arguments):
-            timed[str(parameter)] = Visit(len(indices), len(indices) // len(parameter.value))
-            counted[str(parameter)] = []
-            chosen.append((parameter, list(first_n(n)(parameter, indices)), sigma))
-        chosen[0][1].insert(0, chosen[0][1][0])  # is not counted, see `bench.timed_visits`
-        return chosen
-
-    def counts():
-        return np.array([ranks.calls, ranks.n_bytes]) if ranks else np.zeros(2)
-
-    stream = rso.trials(network, job.data, rounds, job.batch_size, job.preset, visits=chosen_visits,
-                        ranks=ranks, rng=np.random.default_rng([job.seed, 1]))
-    last = next(stream)
-    before, begin = counts(), perf_counter()
-    for trial in stream:
-        name = f"{trial.layer}.{trial.parameter}"
-        if trial.round == last.round:
-            timed[name].seconds.append(perf_counter() - begin)
-            counted[name].append(counts() - before)
-        last, before, begin = trial, counts(), perf_counter()
+    timed = timed_visits(job, first_n(n), rounds=rounds, count=count, ranks=ranks).values()
     n_first = len(job.data.train_images) // job.batch_size
-    n_weights = sum(visit.n_weights for visit in timed.values())
-    seconds = sum(visit.total(n_first, BLOCK) for visit in timed.values())
-    means = sum(timed[name].n_weights * np.mean(trials, axis=0) for name, trials in counted.items())
+    n_weights = sum(visit.n_weights for visit in timed)
+    seconds = sum(visit.total(n_first, BLOCK) for visit in timed)
+    means = sum(visit.n_weights * np.mean(visit.counted, axis=0) for visit in timed)
     return seconds / n_weights, *(means / n_weights)
 
 

@@ -10,7 +10,6 @@ import json
 import shutil
 import signal
 import threading
-import zlib
 from pathlib import Path
 from time import monotonic
 
@@ -67,7 +66,7 @@ class Checkpoint:
             if resume:
                 raise ValueError(f"resume is {resume!r} and checkpoint is None; expected a checkpoint's path")
             return None
-        self.run = _plain(run | {"network": network.description(), "data": data_digest(data)})
+        self.run = _plain(run | {"network": network.description(), "data": data.checksum()})
         path = self.previous if resume == "previous" else self.path
         if not path.exists():
             if resume == "previous":
@@ -127,9 +126,9 @@ class Checkpoint:
         KeyboardInterrupt
             If there was a Ctrl-C or SIGTERM.
         """
-        if self.signal is None and monotonic() < self.due:
+        if self.path is None or (self.signal is None and monotonic() < self.due):
             return
-        new = None if self.path is None else state()
+        new = state()
         if new is not None:
             self.write(*new)
         if self.signal is not None:
@@ -194,8 +193,9 @@ class SearchCheckpoint(Checkpoint):
             self.is_finished = header["is_finished"]
             self.network.set_state(part("network" if self.is_finished else "initial", arrays))
             set_rng_state(self.rng, header["draws" if self.is_finished else "first_draws"])
-            self.cursor.go_on(header["visit"], header["draws"], arrays)
-        self.first_draws, self.initial = rng_state(self.rng), named("initial", copied(self.network))
+            if not self.is_finished:
+                self.cursor.go_on(header["visit"], header["draws"], arrays)
+        self.first_draws, self.initial = rng_state(self.rng), named("initial", self.network.copied_state())
         return saved is not None
 
     def begin_layer(self, visit, name):
@@ -233,7 +233,7 @@ class SearchCheckpoint(Checkpoint):
     def finish(self):
         """Write the end of the search."""
         if self.path is not None and not self.is_finished:
-            self.write(*self._state(visit=0, draws=rng_state(self.rng)), is_finished=True)
+            self.write(*self._state(draws=rng_state(self.rng)), is_finished=True)
 
     def _new(self):
         new, self.state = self.state, None
@@ -241,7 +241,7 @@ class SearchCheckpoint(Checkpoint):
 
     def _state(self, **header):
         header |= {"first_draws": self.first_draws, "history": self.history.to_dict()}
-        return header, self.initial | named("network", copied(self.network))
+        return header, self.initial | named("network", self.network.copied_state())
 
 
 class Cursor:
@@ -285,19 +285,6 @@ def set_rng_state(rng, state):
         raise ValueError(f"rng is a Generator with {own}, and the checkpoint of one with "
                          f"{state['bit_generator']}; give rng=None or an int to the same kind")
     rng.bit_generator.state = state
-
-
-def data_digest(data):
-    """Return a number that tells data sets apart."""
-    digest = 0
-    for array in (data.train_images, data.train_labels, data.test_images, data.test_labels):
-        digest = zlib.crc32(np.ascontiguousarray(array), digest)
-    return digest
-
-
-def copied(network):
-    """Return a copy of a network's weights and buffers, a dict of arrays."""
-    return {name: array.copy() for name, array in network.state().items()}
 
 
 def named(kind, arrays):

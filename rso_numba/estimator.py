@@ -294,7 +294,7 @@ class _EarlyStopping:
     def __call__(self, row):
         if row.test_loss < self.best_loss:
             self.best_loss, self.best_round = row.test_loss, row.round
-            self.best_state = {name: array.copy() for name, array in self.network.state().items()}
+            self.best_state = self.network.copied_state()
         return row.round - self.best_round >= self.patience
 
     def restore(self):

@@ -114,16 +114,9 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     leads = ranks is None or ranks.leads
     if leads:
         make_folder(out)
-    saved = {}
+    saved = dict.fromkeys(networks, {})
     if checkpoint_every is not None:
-        if ranks is not None:
-            raise ValueError("there are several ranks, which write no checkpoints; leave out checkpoint and "
-                             "resume, or start one process")
-        saved = {solver: dict(checkpoint=Path(out, f"{solver}.checkpoint.npz"), resume=resume,
-                              checkpoint_every=checkpoint_every) for solver in networks}
-        if not resume:
-            for solver, network in networks.items():  # complains of interrupted trainings
-                Checkpoint(saved[solver]["checkpoint"], checkpoint_every).load(False, network, data)
+        saved = _checkpoints(networks, data, Path(out), checkpoint_every, resume, ranks)
     before = first_filters(networks["rso"]).copy()
     scan = _first_calls(networks, data, batch_size, settings, backend, seed)
     title = f"{data.name}: {model}, {networks['rso'].n_weights:,} weights"
@@ -135,7 +128,7 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     try:
         for solver, train in trainings.items():
             _train(result, solver, partial(train, backend=backend, rng=training_generator(seed),
-                                           progress=progress, **saved.get(solver, {})))
+                                           progress=progress, **saved[solver]))
     except KeyboardInterrupt:
         result.interrupted = _where(result)
         # BatchNorm's statistics at hand are of the round before
@@ -146,6 +139,19 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
         raise kernels.GpuError(f"{error}. {_where(result)}, in {out}") from error
     write()
     return result
+
+
+def _checkpoints(networks, data, out, checkpoint_every, resume, ranks):
+    """Return the arguments of a training that concern checkpoints, by solver; complain early if they fail."""
+    if ranks is not None:
+        raise ValueError("there are several ranks, which write no checkpoints; leave out checkpoint and "
+                         "resume, or start one process")
+    paths = {solver: out / f"{solver}.checkpoint.npz" for solver in networks}
+    if not resume:
+        for solver, network in networks.items():  # is there one of an interrupted training?
+            Checkpoint(paths[solver], checkpoint_every).load(False, network, data)
+    return {solver: dict(checkpoint=path, checkpoint_every=checkpoint_every, resume=resume)
+            for solver, path in paths.items()}
 
 
 def _train(result, solver, train):

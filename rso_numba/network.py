@@ -270,7 +270,7 @@ class Network(KeepsArrays):
             See `forward`.
         """
         images, k = check_images(images, self.image_shape), kernels.backend(backend)
-        before = {name: array.copy() for name, array in self.state().items()}
+        before = self.copied_state()
         self.propagate(k.pack(images), Pass(k, len(images), batch_statistics=True, momentum=1.0))
         try:
             self.check_finite()
@@ -289,6 +289,10 @@ class Network(KeepsArrays):
         for leaf in self.leaves:
             state.update({f"{leaf.name}.{name}": getattr(leaf, name) for name in leaf.buffer_names})
         return state
+
+    def copied_state(self):
+        """Return the same as copies."""
+        return {name: array.copy() for name, array in self.state().items()}
 
     def check_finite(self):
         """Raise FloatingPointError if a weight, or a number in a buffer, is NaN or infinite."""

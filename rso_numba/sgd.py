@@ -1,5 +1,6 @@
 """Stochastic gradient descent, for comparison: backpropagation and the update of all weights."""
 
+from functools import partial
 from math import isfinite
 from time import perf_counter
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from . import kernels
 from .arguments import generator, number_below
-from .checkpoint import Checkpoint, copied, named, part, rng_state, set_rng_state
+from .checkpoint import Checkpoint, named, part, rng_state, set_rng_state
 from .datasets import check_images, check_labels, check_training
 from .history import History
 from .layers import RUNNING_MOMENTUM, BatchNorm
@@ -173,7 +174,7 @@ def train(network, data, epochs=10, batch_size=32, learning_rate=0.01, momentum=
                 history.seconds += perf_counter() - begin
                 history.add_step(len(chosen), network.n_weights)
                 bar.update()
-                saved.after_step(lambda: run.state(history))
+                saved.after_step(partial(run.state, history))
             run.step = 0
             history.end_round(network, data, backend)
             bar.set_postfix_str(f"test accuracy {history.rounds[-1].test_accuracy:.3f}")
@@ -201,7 +202,7 @@ class _Run:
             images, labels = data.train_images[self.held_out], data.train_labels[self.held_out]
             loss, _ = self.network.evaluate(images, labels, backend)
             if loss < self.best_loss:
-                self.best_loss, self.best = loss, copied(self.network)
+                self.best_loss, self.best = loss, self.network.copied_state()
 
     def state(self, history):
         """Return (header, arrays) for a checkpoint."""

@@ -6,7 +6,6 @@ ended. Only the process that began the sweep writes there; a worker trains, and 
 
 import csv
 import io
-import zlib
 from contextlib import closing, suppress
 from dataclasses import fields
 from itertools import groupby
@@ -89,10 +88,7 @@ def sweep(grid, data, path, n_jobs=None, progress=False):
     from joblib import Parallel, delayed  # here, for joblib and scikit-learn take a second
     from sklearn.model_selection import ParameterGrid
 
-    checksum = 0
-    for array in (data.train_images, data.train_labels, data.test_images, data.test_labels):
-        checksum = zlib.crc32(array, checksum)
-    of_data = {"data": data.name, "checksum": checksum}
+    of_data = {"data": data.name, "checksum": data.checksum()}
     configurations = {}
     for settings in ParameterGrid(grid):
         configuration = of_data | _checked(settings, data)
