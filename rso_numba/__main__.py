@@ -26,6 +26,7 @@ DEFAULTS = {
     "digits28": dict(rounds=2, batch_size=512, epochs=30),
     "mnist": dict(rounds=10, batch_size=256, epochs=10),
 }
+CHECKPOINT_SECONDS = 60.0  # from one to the next, where the command line asks for some and says no more
 PACKAGES = ("numpy", "numba", "llvmlite", "matplotlib", "scikit-learn")
 
 
@@ -146,9 +147,9 @@ def parser():
     option("--out", default="rso-out", metavar="FOLDER", type=os.path.expanduser,
            help="folder for the files, made if need be (default: %(default)s)")
     option("--no-progress", action="store_true", help="show no progress bars")
-    option("--checkpoint", type=float, nargs="?", const=60.0, metavar="SECONDS",
-           help="write rso.checkpoint.npz and sgd.checkpoint.npz to the folder this often (default: 60), "
-           "so that an interrupted training can go on")
+    option("--checkpoint", type=float, nargs="?", const=CHECKPOINT_SECONDS, metavar="SECONDS",
+           help="write rso.checkpoint.npz and sgd.checkpoint.npz to the folder, this often (default: "
+           "%(const)g), so that an interrupted training can go on")
     option("--resume", action="store_true",
            help="go on from the checkpoints in the folder, if there are some, to the same result; the other "
            "arguments have to be the same")
@@ -275,7 +276,9 @@ def compare(arguments):
     data = datasets.load(arguments.data, arguments.data_home)
     chosen = dict(DEFAULTS[arguments.data])
     chosen.update({name: getattr(arguments, name) for name in chosen if getattr(arguments, name) is not None})
-    failed, checkpoint = [], 60.0 if arguments.resume and not arguments.checkpoint else arguments.checkpoint
+    failed, checkpoint = [], arguments.checkpoint
+    if arguments.resume and checkpoint is None:
+        checkpoint = CHECKPOINT_SECONDS
     result = experiments.compare(
         data, arguments.model, chosen["rounds"], chosen["batch_size"], arguments.preset,
         sgd_epochs=chosen["epochs"], sgd_batch_size=arguments.sgd_batch_size,
