@@ -16,7 +16,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from . import __version__, datasets, kernels, mnist, models, mpi, presets
+from . import __version__, cifar10, datasets, kernels, mnist, models, mpi, presets, sources
 from .arguments import whole_number
 from .files import make_folder, written_beside
 
@@ -25,6 +25,7 @@ DEFAULTS = {
     "digits": dict(rounds=8, batch_size=1024, epochs=30),
     "digits28": dict(rounds=2, batch_size=512, epochs=30),
     "mnist": dict(rounds=10, batch_size=256, epochs=10),
+    "cifar10": dict(rounds=10, batch_size=256, epochs=10),
 }
 CHECKPOINT_SECONDS = 60.0  # from one to the next, where the command line asks for some and says no more
 PACKAGES = ("numpy", "numba", "llvmlite", "matplotlib", "scikit-learn")
@@ -120,8 +121,8 @@ def parser():
     option = run.add_argument
     option("--data", default="digits", metavar="NAME",
            help=f"data set, {names(datasets.LOADERS)} (default: %(default)s)")
-    option("--data-home", metavar="FOLDER", help="folder with the files of MNIST, or to download them to; it "
-           "must exist (default: $RSO_NUMBA_DATA, or ./data if there is one)")
+    option("--data-home", metavar="FOLDER", help="folder with the files of the data set, or to "
+           "download them to; it must exist (default: $RSO_NUMBA_DATA, or ./data if there is one)")
     option("--model", default="one_conv", metavar="NAME",
            help=f"network, {names(models.MODELS)} (default: %(default)s)")
     option("--preset", default="paper", metavar="NAME",
@@ -165,15 +166,17 @@ def _add_bench(commands):
         "all figures as JSON. Nothing else should run on the machine.")
     run.set_defaults(command=bench)
     option = run.add_argument
-    option("--model", default="all", choices=("one_conv", "two_conv", "paper_mnist", "all"),
-           help="network (default: %(default)s)")
-    option("--data", default="mnist", choices=("mnist", "digits28"), help="data set (default: %(default)s)")
-    option("--data-home", metavar="FOLDER", help="folder with the files of MNIST, or to download them to; it "
-           "must exist (default: $RSO_NUMBA_DATA, or ./data if there is one)")
+    option("--model", default="all", choices=("one_conv", "two_conv", "paper_mnist", "paper_cifar10", "all"),
+           help="network; all is those for MNIST (default: %(default)s)")
+    option("--data", choices=("mnist", "cifar10", "digits28"),
+           help="data set (default: mnist; cifar10 for paper_cifar10)")
+    option("--data-home", metavar="FOLDER", help="folder with the files of the data set, or to "
+           "download them to; it must exist (default: $RSO_NUMBA_DATA, or ./data if there is one)")
     option("--batch-size", type=int, metavar="N", help="images in a mini-batch of RSO (default: 1024 for "
-           "one_conv, 1000 for two_conv, 5000 for paper_mnist; at most half of the training set)")
+           "one_conv, 1000 for two_conv, 5000 for paper_mnist, 1000 for paper_cifar10; at most half of the "
+           "training set)")
     option("--preset", metavar="NAME", help=f"settings of RSO, one of {', '.join(presets.PRESETS)} "
-           "(default: notebook, authors for paper_mnist)")
+           "(default: notebook, authors for paper_mnist and paper_cifar10)")
     option("--backend", default="cpu", choices=("cpu", "cuda"),
            help="cuda: a GPU, beside the least time that its arithmetic and its memory would take "
            "(default: %(default)s)")
@@ -198,10 +201,12 @@ def bench(arguments):
     if Path(arguments.out).is_dir():
         raise ValueError(f"--out is {arguments.out}, a folder; expected a file, such as bench.json in it")
     make_folder(Path(arguments.out).parent)
+    if arguments.data is None:
+        arguments.data = "cifar10" if arguments.model == "paper_cifar10" else "mnist"
     data = datasets.load(arguments.data, arguments.data_home)
     if arguments.quick:
         data = data.subset(512, 64, arguments.seed)
-    chosen = list(benchmark.CONFIGURATIONS) if arguments.model == "all" else [arguments.model]
+    chosen = list(benchmark.FOR_MNIST) if arguments.model == "all" else [arguments.model]
     effort = benchmark.QUICK if arguments.quick else benchmark.Effort()
     threads, rows, status = numba.get_num_threads(), [], 0
     own = arguments.seed, arguments.batch_size, arguments.preset
@@ -373,7 +378,7 @@ def _gpu():
 
 def _data_folders():
     try:
-        homes = mnist.data_homes()
+        homes = sources.data_homes()
     except OSError as error:
         yield str(error)
         return
@@ -381,9 +386,11 @@ def _data_folders():
         if not home.is_dir():
             yield f"{home} does not exist"
             continue
-        paths = mnist.find_files(home)  # the folder that `load_mnist` would read
-        folder = next(iter(paths.values())).parent if paths else home
-        yield f"{folder.resolve()} has {len(paths)} of the {len(mnist.MNIST_FILES)} files of MNIST"
+        found = [("MNIST", mnist.find_files(home), mnist.MNIST_FILES),  # those that the loaders would read
+                 ("CIFAR-10", cifar10.find_files(home), cifar10.CIFAR10_FILES)]
+        for title, paths, names in found:
+            folder = next(iter(paths.values())).parent if paths else home
+            yield f"{folder.resolve()} has {len(paths)} of the {len(names)} files of {title}"
 
 
 if __name__ == "__main__":

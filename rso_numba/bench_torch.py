@@ -9,6 +9,7 @@ import numpy as np
 
 from .evaluators import FullForward
 from .kernels.threads import SPINS
+from .layers import Layer, Residual
 
 LEARNING_RATE = 0.01
 
@@ -51,6 +52,15 @@ def torch_layers():
     }
 
 
+def steps(layers):
+    """Yield what a network does, one after the other: its layers, and what a Residual does with a stack."""
+    for layer in layers:
+        if isinstance(layer, Residual):
+            yield from ("copy", *steps(layer.body), "swap", *steps(layer.shortcut), "add")
+        else:
+            yield layer
+
+
 class TorchForward(FullForward):
     """FullForward by PyTorch, on the same weights in memory: a change of one changes both.
 
@@ -61,33 +71,43 @@ class TorchForward(FullForward):
     def __init__(self, network, fixed_images=None, cached=False):
         super().__init__(network, fixed_images=fixed_images)
         self.torch, self.cached, self.not_counted = torch_or_none(), cached, 0.0
-        self.layers = [
-            (layer, {name: self.torch.from_numpy(getattr(layer, name)) for name in layer.parameter_names})
-            for layer in network.layers]
+        self.steps = [
+            (step, {name: self.torch.from_numpy(getattr(step, name)) for name in step.parameter_names}
+             if isinstance(step, Layer) else None)
+            for step in steps(network.layers)]
 
     def set_batch(self, images, labels, key=None):
         self.x, self.labels = self.torch.from_numpy(images), self.torch.from_numpy(labels)
 
-    def propagate(self, x, start=0, stop=None):
-        """Return what the layers from `start` to before `stop` make of x."""
-        for layer, weights in self.layers[start:stop]:
-            fixed = (layer.running_mean, layer.running_variance) if layer.name in self.fixed else ()
-            x = torch_layers()[type(layer).__name__](layer, weights, x, *fixed)
-        return x
+    def propagate(self, stack, start=0, stop=None):
+        """Return what the steps from `start` to before `stop` make of a stack: x, above what waits for it."""
+        for step, weights in self.steps[start:stop]:
+            *below, x = stack
+            if step == "copy":
+                stack = *stack, x
+            elif step == "swap":
+                stack = *below[:-1], x, below[-1]
+            elif step == "add":
+                stack = *below[:-1], below[-1] + x
+            else:
+                fixed = (step.running_mean, step.running_variance) if step.name in self.fixed else ()
+                stack = *below, torch_layers()[type(step).__name__](step, weights, x, *fixed)
+        return stack
 
     def losses(self, parameter, index, candidates):
         begin = perf_counter()
         self.fix_statistics(parameter.layer)
         self.not_counted += perf_counter() - begin
         before, losses = parameter.value[index].copy(), np.empty(len(candidates))
-        start = [layer.name for layer, _ in self.layers].index(parameter.layer) if self.cached else 0
+        names = [getattr(step, "name", step) for step, _ in self.steps]
+        start = names.index(parameter.layer) if self.cached else 0
         with self.torch.no_grad():
             begin = perf_counter()
-            x = self.propagate(self.x, stop=start)
+            stack = self.propagate((self.x,), stop=start)
             self.not_counted += perf_counter() - begin
             for i, candidate in enumerate(candidates):
                 parameter.value[index] = candidate
-                logits = self.propagate(x, start)
+                (logits,) = self.propagate(stack, start)
                 losses[i] = self.torch.nn.functional.cross_entropy(logits, self.labels).item()
         parameter.value[index] = before
         return losses
@@ -97,14 +117,15 @@ def torch_sgd(network, data, batch_size, rng):
     """Do what one epoch of `sgd.train` does, by PyTorch's autograd; return the seconds."""
     twin, torch, rng = TorchForward(network), torch_or_none(), np.random.default_rng(rng)
     network.fit_scaling(data.train_images)
-    weights = [w.requires_grad_() for _, own in twin.layers for w in own.values()]
+    weights = [w.requires_grad_() for _, own in twin.steps if own for w in own.values()]
     order = rng.permutation(len(data.train_images))
     begin = perf_counter()
     order = rng.permutation(order)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         twin.set_batch(data.train_images[chosen], data.train_labels[chosen])
-        torch.nn.functional.cross_entropy(twin.propagate(twin.x), twin.labels).backward()
+        (logits,) = twin.propagate((twin.x,))
+        torch.nn.functional.cross_entropy(logits, twin.labels).backward()
         with torch.no_grad():
             for w in weights:
                 w -= LEARNING_RATE * w.grad

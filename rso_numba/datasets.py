@@ -1,7 +1,7 @@
-"""Images and labels to learn from: scikit-learn's digits (bundled) and MNIST (files or download).
+"""Images and labels to learn from: scikit-learn's digits (bundled), MNIST and CIFAR-10 (files or download).
 
 Every loader returns a `Dataset`, whose arrays have been checked. The files of MNIST are
-read in `mnist.py`.
+read in `mnist.py`, those of CIFAR-10 in `cifar10.py`.
 """
 
 import copy
@@ -12,7 +12,7 @@ from dataclasses import InitVar, dataclass
 
 import numpy as np
 
-from . import mnist
+from . import cifar10, mnist
 from .arguments import generator, is_number, is_whole, whole_number
 from .mnist import read_idx  # noqa: F401 (for data sets of one's own in that format)
 
@@ -305,21 +305,49 @@ def load_mnist(data_home=None):
         files to put where.
     """
     train_images, train_labels, test_images, test_labels = mnist.read_mnist(data_home)
-    # (N, 28, 28) bytes -> (N, 1, 28, 28) float32 in [0, 1]
+    # (N, 28, 28) bytes -> (N, 1, 28, 28)
+    return _of_bytes(train_images[:, None], train_labels, test_images[:, None], test_labels, "mnist")
+
+
+def load_cifar10(data_home=None):
+    """Load CIFAR-10: 50000 training and 10000 test photographs of ten kinds of things, 3 x 32 x 32.
+
+    Reads the six files of `cifar10.CIFAR10_FILES`, the binary version. Without them, scikit-learn downloads a
+    copy from OpenML (text, of which reading alone takes minutes and some gigabytes of memory).
+
+    Parameters
+    ----------
+    data_home : str or path, optional
+        See `load_mnist`. The files are in it, or below it in ``cifar10`` or in ``cifar-10-batches-bin``.
+
+    Raises
+    ------
+    ValueError
+        If a file is damaged, misnamed, or not the published one (by its MD5).
+    FileNotFoundError, NotADirectoryError
+        If the folder that was named is none, or if files are missing and cannot be downloaded: says which
+        files to put where. Or if there are pickles only, the python version, which nobody opens here.
+    """
+    return _of_bytes(*cifar10.read_cifar10(data_home), "cifar10")
+
+
+def _of_bytes(train_images, train_labels, test_images, test_labels, name):
+    """Return the Dataset of images of bytes, which become float32 in [0, 1]."""
     train_images, test_images = (
-        np.divide(images[:, None], 255, dtype=np.float32) for images in (train_images, test_images))
-    return Dataset(train_images, train_labels, test_images, test_labels, n_classes=10, name="mnist")
+        np.divide(images, 255, dtype=np.float32) for images in (train_images, test_images))
+    return Dataset(train_images, train_labels, test_images, test_labels, n_classes=10, name=name)
 
 
 LOADERS = {
     "digits": lambda data_home, **options: load_digits(**options),
     "digits28": lambda data_home, **options: load_digits(size=28, **options),
     "mnist": lambda data_home, **options: load_mnist(data_home, **options),
+    "cifar10": lambda data_home, **options: load_cifar10(data_home, **options),
 }
 
 
 def load(name, data_home=None, **options):
-    """Load the data set called `name` ('digits', 'digits28' or 'mnist').
+    """Load the data set called `name` ('digits', 'digits28', 'mnist' or 'cifar10').
 
     `data_home` goes to the loaders that read files, `options` to each loader: ``test_fraction`` and ``rng``
     for the digits.

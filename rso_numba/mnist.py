@@ -1,4 +1,4 @@
-"""The four files of MNIST: their format, the folders where they are looked for, and a download without them.
+"""The four files of MNIST: their format, the folders where they are looked for, and a copy from OpenML.
 
 All of it is bytes; `datasets.load_mnist` makes a `Dataset` of them. Nothing here unpickles, and no number in
 the header of a file is believed before it is checked.
@@ -6,15 +6,13 @@ the header of a file is believed before it is checked.
 
 import gzip
 import hashlib
-import http.client
 import math
-import os
 import struct
-import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
+
+from .sources import data_homes, from_openml
 
 # The four files of MNIST: shape of the array of bytes, and SHA-256 of the decompressed file.
 MNIST_FILES = {
@@ -95,39 +93,6 @@ def _read_idx(file, expected_shape, max_bytes):
     return np.frombuffer(body, np.uint8).reshape(shape)
 
 
-def data_homes(data_home=None):
-    """Return the folders in which MNIST is looked for.
-
-    Parameters
-    ----------
-    data_home : str or path, optional
-        See `datasets.load_mnist`.
-
-    Returns
-    -------
-    homes : list of Path
-        The one that the user named, or else the usual ones, which need not exist.
-
-    Raises
-    ------
-    FileNotFoundError, NotADirectoryError
-        If the user named what is no folder. (It may be a slip: nothing is made or downloaded there.)
-    """
-    named, origin = data_home, ""
-    if data_home is None:
-        named, origin = os.environ.get("RSO_NUMBA_DATA"), " (from the environment variable RSO_NUMBA_DATA)"
-    if data_home is None and not named:
-        return list(dict.fromkeys([Path("data").resolve(), Path(__file__).resolve().parents[1] / "data"]))
-    home = Path(os.path.expanduser(named))
-    if not home.exists():
-        raise FileNotFoundError(f"the data home {home}{origin} does not exist; name a folder that does, or "
-                                "make this one first")
-    if not home.is_dir():
-        raise NotADirectoryError(f"the data home {home}{origin} is not a folder; name the folder that holds "
-                                 "the files of MNIST, or one to download them to")
-    return [home]
-
-
 def find_files(home):
     """Return the paths of the files of MNIST, a dict by name, in that folder at or below `home` with most."""
     return max((_files_in(home / folder) for folder in FOLDERS), key=len)  # the first of the fullest
@@ -168,33 +133,9 @@ def read_mnist(data_home=None):
 
 
 def _download(homes):
-    from sklearn import datasets as sklearn_datasets  # here, for importing scikit-learn takes a second
-
-    home = next((home for home in homes if home.is_dir()), None)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "A network error occurred")  # that the error below tells
-            bunch = sklearn_datasets.fetch_openml(
-                "mnist_784", version=1, data_home=home and str(home), as_frame=False, n_retries=1,
-                parser="liac-arff")  # the parser that needs no pandas
-    except (OSError, http.client.HTTPException) as error:
-        names = "\n  ".join(name + ".gz" for name in MNIST_FILES)
-        raise FileNotFoundError(
-            f"MNIST is not on this machine and could not be downloaded ({type(error).__name__}: {error}). "
-            f"Put these four files, which are at {MIRROR},\n  {names}\ninto the folder {home or homes[0]}, "
-            "or give the folder that has them as data_home (on the command line: --data-home). The data sets "
-            "digits and digits28 need no files.") from None  # what failed inside scikit-learn helps nobody
-    data, target = np.asarray(bunch.data), np.asarray(bunch.target)
-    cache = Path(sklearn_datasets.get_data_home(home and str(home))) / "openml"
-    mend = f"delete the folder {cache} and try again"
-    if data.shape != (70000, 784) or target.shape != (70000,):
-        raise ValueError(f"OpenML sent MNIST as data {data.shape} and target {target.shape}, expected "
-                         f"(70000, 784) and (70000,); {mend}")
-    with np.errstate(invalid="ignore"):
-        pixels = data.astype(np.uint8)
-    if not np.array_equal(pixels, data):  # NaN, fractions, and numbers outside 0..255 do not survive uint8
-        raise ValueError(f"OpenML sent MNIST with pixels other than the whole numbers 0..255; {mend}")
-    if not np.isin(target.astype(str), list("0123456789")).all():
-        raise ValueError(f"OpenML sent MNIST with labels {np.unique(target.astype(str))[:20]}; {mend}")
-    images, labels = pixels.reshape(-1, 28, 28), target.astype(np.int64)  # the labels come as '0' to '9'
+    names = "\n  ".join(name + ".gz" for name in MNIST_FILES)
+    pixels, labels, _ = from_openml(
+        "mnist_784", "MNIST", (70000, 784), homes,
+        f"Put these four files, which are at {MIRROR},\n  {names}\ninto the folder {{home}}")
+    images = pixels.reshape(-1, 28, 28)
     return images[:60000], labels[:60000], images[60000:], labels[60000:]

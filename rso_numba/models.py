@@ -12,6 +12,7 @@ from .layers import (
     GlobalMeanPool,
     MaxPool,
     ReLU,
+    Residual,
     Standardize,
 )
 from .network import Network
@@ -65,7 +66,30 @@ def paper_mnist(n_classes):
     ]
 
 
-MODELS = {model.__name__: model for model in (one_conv, two_conv, original, paper_mnist)}
+def paper_cifar10(n_classes):
+    """Return the layers of the authors' residual network for CIFAR-10: 57,104 weights, no biases.
+
+    Ten layers: nine 3x3 convolutions, and a dense one. A BatchNorm behind convolution 1, 3, 5 or 7 is added,
+    before its ReLU, to the output of the next convolution but one, before the pool and BatchNorm of that.
+    """
+
+    def conv(n_filters, size=3):
+        return Conv2D(n_filters, size, use_bias=False)
+
+    def two_convs(n_filters, shortcut=None):
+        return Residual([ReLU(), conv(n_filters), BatchNorm(), ReLU(), conv(n_filters)], shortcut)
+
+    return [
+        *(conv(16), BatchNorm()),
+        *(two_convs(16), AvgPool(), BatchNorm()),
+        *(two_convs(32, [conv(32, size=1), BatchNorm()]), AvgPool(), BatchNorm()),
+        *(two_convs(32), BatchNorm()),
+        *(two_convs(32), BatchNorm(), GlobalMaxPool()),
+        Dense(n_classes, use_bias=False),
+    ]
+
+
+MODELS = {model.__name__: model for model in (one_conv, two_conv, original, paper_mnist, paper_cifar10)}
 
 
 def build(name, image_shape=(1, 28, 28), n_classes=10, rng=None, preset="paper"):
@@ -73,7 +97,7 @@ def build(name, image_shape=(1, 28, 28), n_classes=10, rng=None, preset="paper")
 
     Parameters
     ----------
-    name : {"one_conv", "two_conv", "original", "paper_mnist"}
+    name : {"one_conv", "two_conv", "original", "paper_mnist", "paper_cifar10"}
     image_shape : tuple of int
         (C, H, W).
     n_classes : int

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numba import config
 
-from rso_numba import bench, bench_gpu, datasets, kernels, rso
+from rso_numba import bench, bench_gpu, datasets, kernels, models, rso
 from rso_numba.evaluators import CudaForward, FullForward, cuda, make_evaluator
 from rso_numba.kernels import formulas
 from rso_numba.kernels.cuda.device import LANES
@@ -45,6 +45,13 @@ class Negative(Layer):
         return run.kernels.scale_shift(x, zeros - 1, zeros)
 
 
+def _narrow(layer):
+    """A layer of a model with one filter, or two, of one pixel."""
+    if isinstance(layer, Residual):
+        return Residual(*([_narrow(inner) for inner in branch] for branch in (layer.body, layer.shortcut)))
+    return Conv2D(layer.filters // 16, size=1, use_bias=False) if isinstance(layer, Conv2D) else layer
+
+
 def _network(name):
     """A tiny version of a model, or a chain that no model has, with parameters that all differ."""
     layers = {
@@ -77,6 +84,7 @@ def _network(name):
         "sum_of_logits": [
             Conv2D(1, size=1), ReLU(), GlobalMeanPool(),
             Residual([Dense(N_CLASSES)], [Dense(2), ReLU(), Dense(N_CLASSES)])],
+        "paper_cifar10": [_narrow(layer) for layer in models.paper_cifar10(N_CLASSES)],
         "own_layer": [
             BatchNorm(), Conv2D(2, size=1), Negative(), BatchNorm(), Residual([Conv2D(2, size=1)]),
             Negative(), AvgPool(), Flatten(), Dense(N_CLASSES)],
@@ -161,6 +169,7 @@ def _compare_running_statistics(*networks):
 @pytest.mark.parametrize("name, every, settings", [
     ("identity", 1, {"hold": "filter"}), ("projection", 1, {}), ("over_a_pool", 1, {}),
     ("two_skips", 1, {"hold": "filter"}), ("sum_of_logits", 4, {}), ("own_layer", 4, {}),
+    ("paper_cifar10", 7, {"search_statistics": "fixed", "test_statistics": "first_2000"}),
     ("projection", 4, {"hold": "filter", "search_statistics": "fixed", "test_statistics": "first_2000"})])
 def test_residual_networks_decide_as_numpy_does(name, every, settings):
     """Every weight, or with `every` 4 a part of them: a trial takes the simulator a second."""

@@ -206,7 +206,8 @@ def test_kernels_loaded_counts_compiled_functions(digits28):
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("model, preset", [
-    ("one_conv", "paper"), ("two_conv", "notebook"), ("original", "notebook"), ("paper_mnist", "authors")])
+    ("one_conv", "paper"), ("two_conv", "notebook"), ("original", "notebook"), ("paper_mnist", "authors"),
+    ("paper_cifar10", "authors")])
 def test_torch_gives_the_same_losses(model, preset, cached, digits28, rng):
     pytest.importorskip("torch")
     network = models.build(model, digits28.image_shape, 10, rng, preset)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-from rso_numba import datasets, mnist
+from rso_numba import datasets, mnist, sources
 from rso_numba.__main__ import main
 
 
@@ -154,7 +154,7 @@ def test_mnist_files_are_read_from_the_current_directory(tiny, subfolder):
 
 
 def test_mnist_files_are_read_from_the_checkout(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(mnist, "__file__", str(tmp_path / "checkout" / "rso_numba" / "mnist.py"))
+    monkeypatch.setattr(sources, "__file__", str(tmp_path / "checkout" / "rso_numba" / "sources.py"))
     put(tiny.contents, tmp_path / "checkout" / "data")
     check_tiny(datasets.load_mnist(), tiny.values)
 
@@ -261,7 +261,7 @@ def test_without_files_mnist_comes_from_openml(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("place, expected", [("", None), ("data", "data")])
 def test_a_download_goes_to_the_data_folder_where_there_is_one(tiny, tmp_path, monkeypatch, place, expected):
-    monkeypatch.setattr(mnist, "__file__", str(tmp_path / "site-packages" / "rso_numba" / "mnist.py"))
+    monkeypatch.setattr(sources, "__file__", str(tmp_path / "site-packages" / "rso_numba" / "sources.py"))
     Path(place).mkdir(exist_ok=True)
     homes = []
 
@@ -303,7 +303,7 @@ def test_what_openml_sends_is_checked(tiny, tmp_path, monkeypatch, spoil, words)
     bunch = openml_bunch()
     spoil(bunch)
     monkeypatch.setattr(sklearn.datasets, "fetch_openml", lambda *args, **kwargs: bunch)
-    monkeypatch.setattr(mnist, "__file__", str(tmp_path / "site-packages" / "rso_numba" / "mnist.py"))
+    monkeypatch.setattr(sources, "__file__", str(tmp_path / "site-packages" / "rso_numba" / "sources.py"))
     monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "cache"))
     mend = f"; delete the folder {tmp_path / 'cache' / 'openml'} and try again"
     with pytest.raises(ValueError, match=f"OpenML sent MNIST .*{words}.*{mend}"):
@@ -315,7 +315,7 @@ def test_offline_and_without_files_the_error_says_what_to_put_where(tiny, tmp_pa
         raise urllib.error.URLError("name resolution failed")
 
     monkeypatch.setattr(sklearn.datasets, "fetch_openml", fetch_openml)
-    monkeypatch.setattr(mnist, "__file__", str(tmp_path / "site-packages" / "rso_numba" / "mnist.py"))
+    monkeypatch.setattr(sources, "__file__", str(tmp_path / "site-packages" / "rso_numba" / "sources.py"))
     for data_home, place in ((tmp_path, tmp_path), (None, Path("data").resolve())):
         with pytest.raises(FileNotFoundError) as caught:
             datasets.load_mnist(data_home)

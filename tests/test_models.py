@@ -9,7 +9,8 @@ from networks import naive_logits
 
 from rso_numba import models, sgd
 from rso_numba import network as network_module
-from rso_numba.kernels import cpu
+from rso_numba.evaluators.graph import Graph
+from rso_numba.kernels import cpu, formulas
 from rso_numba.kernels.cpu import chain as cpu_chain
 from rso_numba.kernels.cpu.activations import computed
 from rso_numba.kernels.cpu.fusion import Deferred
@@ -23,6 +24,7 @@ from rso_numba.passes import Pass
     ("two_conv", 16 * 9 + 16 + 16 * 16 * 9 + 16 + 10 * 784 + 10),
     ("original", 16 * 9 + 16 + 5 * (16 * 16 * 9 + 16) + 6 * 32 + 170),
     ("paper_mnist", 12016),
+    ("paper_cifar10", 57104 - 2 * 16 * 9),  # of grey images
 ])
 def test_weight_counts(name, n_weights):
     assert build(name, rng=0).n_weights == n_weights
@@ -35,6 +37,39 @@ def test_paper_mnist_has_the_authors_parts():
         kind = p.layer.rstrip("0123456789")
         kinds[kind] = kinds.get(kind, 0) + p.value.size
     assert kinds == {"conv": 11664, "batchnorm": 192, "dense": 160}
+
+
+def test_paper_cifar10_has_the_authors_parts():
+    kinds, network = {}, build("paper_cifar10", (3, 32, 32))
+    for p in network.parameters():
+        kind = p.layer.rstrip("0123456789")
+        kinds[kind] = kinds.get(kind, 0) + p.value.size
+    assert kinds == {"conv": 55728, "batchnorm": 480, "shortcut_conv": 512, "shortcut_batchnorm": 64,
+                     "dense": 320}
+    filters = [p.value.shape[:2] for p in network.parameters() if p.layer.startswith("conv")]
+    assert filters == [(16, 3), (16, 16), (16, 16), (32, 16), *[(32, 32)] * 5]
+
+
+def test_paper_cifar10_adds_before_pools_and_takes_what_it_adds_before_relus():
+    nodes = Graph(build("paper_cifar10", (3, 32, 32))).nodes
+    by_name = {node.linear.name: node for node in nodes[1:]}
+    of_conv = {f"conv{i}": (16 if i < 4 else 32, size, size)  # behind the pools of convolutions 3 and 5
+               for i, size in enumerate((32, 32, 16, 16, 8, 8, 8, 8, 8), 1)}
+    assert {name: node.shape for name, node in by_name.items() if name in of_conv} == of_conv
+    assert {name for name, node in by_name.items() if node.step == 2} == {"conv3", "conv5"}
+    added = {name: edge for name, node in by_name.items() for edge in node.addends}
+    assert {name: edge.source.linear.name for name, edge in added.items()} == {
+        "conv3": "conv1", "conv5": "shortcut_conv1", "conv7": "conv5", "conv9": "conv7"}
+    assert all(edge.norm and not edge.relu for edge in added.values())
+    shortcut = by_name["shortcut_conv1"].input
+    assert shortcut.source is by_name["conv3"] and shortcut.norm and not shortcut.relu
+    for i in range(2, 10):
+        assert by_name[f"conv{i}"].input.source is by_name[f"conv{i - 1}"] and by_name[f"conv{i}"].input.relu
+    last = by_name["dense1"].input
+    assert last.norm and not last.relu and last.pool == formulas.GLOBAL_MAX
+    multiply_adds = sum(
+        node.linear.weight.size * (node.step**2 * node.shape[1] * node.shape[2]) for node in nodes[1:])
+    assert multiply_adds == pytest.approx(11.19e6, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", models.MODELS)

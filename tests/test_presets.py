@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rso_numba import rso
-from rso_numba.batches import Fresh, Partition, Slices
+from rso_numba.batches import POLICIES, Fresh, Partition, Slices
+from rso_numba.datasets import Dataset
 from rso_numba.kernels import plain
 from rso_numba.layers import BatchNorm, Conv2D, Dense, Flatten
 from rso_numba.models import Network, build
@@ -38,6 +39,20 @@ def test_sigma_authors_is_fan_in():
     assert sigma["conv2.weight"] == pytest.approx(np.sqrt(2 / 144))
     assert sigma["dense1.weight"] == pytest.approx(np.sqrt(2 / 16))
     assert {sigma[f"batchnorm{i}.{name}"] for i in range(1, 7) for name in ("gamma", "beta")} == {0.167}
+
+
+def test_sigma_authors_of_the_residual_network():
+    network = build("paper_cifar10", (3, 32, 32), preset="authors")
+    sigma = sigmas(network, PRESETS["authors"].sigma, None)
+    expected = {"conv1": 0.272, "conv2": 0.118, "conv3": 0.118, "conv4": 0.118, "shortcut_conv1": 0.0833,
+                "dense1": 0.25, **{f"conv{i}": 0.0833 for i in range(5, 10)}}
+    assert {name: pytest.approx(s, rel=5e-3) for name, s in expected.items()} == {
+        name.removesuffix(".weight"): s for name, s in sigma.items() if name.endswith(".weight")}
+    assert {s for name, s in sigma.items() if "batchnorm" in name} == {0.167}
+    stds = {str(p): p.value.std() for p in network.parameters()}  # of the initial weights
+    for name in ("conv2", "conv4", "conv5", "conv9"):
+        assert stds[f"{name}.weight"] == pytest.approx(expected[name], rel=0.05)
+    assert stds["shortcut_conv1.weight"] == pytest.approx(0.25, rel=0.1)
 
 
 def test_sigma_notebook_pools_the_layers_from_the_first():
@@ -179,6 +194,42 @@ def test_order_authors_is_dense_then_weights_beta_gamma_of_each_convolution():
     indices = weight_indices(conv6, settings.order)
     assert str(conv6) == "conv6.weight"
     assert indices == sorted(indices)  # output channel, input channel, row, column
+
+
+def test_order_authors_of_the_residual_network():
+    settings = PRESETS["authors"]
+    order = visiting_order(build("paper_cifar10", (3, 32, 32)), settings.order, settings.trained)
+
+    def block(conv, norm):
+        return [f"{conv}.weight", f"{norm}.beta", f"{norm}.gamma"]
+
+    expected = ["dense1.weight"]
+    for i in range(9, 0, -1):
+        expected += block(f"conv{i}", f"batchnorm{i}")
+        expected += block("shortcut_conv1", "shortcut_batchnorm1") if i == 5 else []
+    assert [str(p) for p in order] == expected
+
+
+def test_settings_of_the_authors_for_both_data_sets():
+    """With 50,000 images and batch 5000: 10 slices, shuffled anew for each tensor of weights."""
+    settings = PRESETS["authors"]
+    assert (settings.scaling, settings.weight_decay, settings.epsilon) == ("center", 1e-4, 1e-3)
+    assert annealing_factor(settings.annealing, 0, 500) == 1
+    assert annealing_factor(settings.annealing, 499, 500) == pytest.approx(0.1 + 0.9 / 500)
+    images = np.arange(50, dtype=np.float32).reshape(50, 1, 1, 1) / 50
+    data = Dataset(images, np.zeros(50, int), images, np.zeros(50, int), 2)
+    batches = POLICIES[settings.batches](data, 5, np.random.default_rng(0))
+    assert batches.n_slices == 10
+    keys, network = [], build("paper_cifar10", (3, 32, 32))
+    for parameter in visiting_order(network, settings.order, settings.trained):
+        batches.begin(parameter)
+        keys.append(batches.draw()[2])
+    n_shuffles = np.cumsum([name.name == "weight" for name in visiting_order(
+        network, settings.order, settings.trained)])
+    assert keys == [(n, 0) for n in n_shuffles.tolist()] and keys[-1] == (11, 0)
+    mean = build("paper_cifar10", (3, 32, 32), preset="authors")
+    mean.fit_scaling(np.random.default_rng(0).random((9, 3, 32, 32), np.float32))
+    assert np.unique(mean.layers[0].mean).size == 3 and (mean.layers[0].std == 1).all()  # one of a channel
 
 
 def test_order_notebook_is_julias_memory():

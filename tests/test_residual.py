@@ -12,7 +12,7 @@ from rso_numba import datasets, rso, sgd
 from rso_numba.evaluators import DeltaForward, FullForward, NoDelta, PlainDeltaForward, make_evaluator
 from rso_numba.evaluators.graph import Graph
 from rso_numba.layers import AvgPool, BatchNorm, Conv2D, Dense, Flatten, GlobalMaxPool, Layer, ReLU, Residual
-from rso_numba.models import Network
+from rso_numba.models import Network, build
 from rso_numba.presets import EVERYTHING, PRESETS
 from rso_numba.visits import sigmas, visiting_order
 
@@ -104,6 +104,23 @@ def test_every_weight_with_fixed_statistics(name, kind, rng):
 @pytest.mark.parametrize("name", ["BatchNorm first", "BatchNorm of features", "wide input", "original"])
 def test_every_weight_of_chains_in_numpy(name, rng):
     compare_every_weight(name, 37, PlainDeltaForward, rng)
+
+
+def test_some_weights_of_the_real_network(rng):
+    network = build("paper_cifar10", (3, 32, 32), rng=rng, preset="authors")
+    images, labels = rng.random((33, 3, 32, 32), np.float32), rng.integers(10, size=33)
+    network.fit_scaling(images)
+    full, delta = (kind(network, fixed_images=images[:16]) for kind in (FullForward, DeltaForward))
+    for parameter in reversed(network.parameters()):
+        for index in rng.integers(parameter.value.shape, size=(3, parameter.value.ndim)).tolist():
+            w, step = parameter.value[tuple(index)], np.float32(rng.normal(0, 0.2))
+            candidates = (w, w + step, w - step)
+            for evaluator in (full, delta):
+                evaluator.set_batch(images, labels, key=0)
+            found = delta.losses(parameter, tuple(index), candidates)
+            np.testing.assert_allclose(found, full.losses(parameter, tuple(index), candidates), rtol=1e-5,
+                                       err_msg=f"{parameter}{index}")
+            delta.keep(parameter, tuple(index), candidates[rng.integers(3)])
 
 
 @pytest.mark.parametrize("preset", ["paper", "authors", "notebook"])

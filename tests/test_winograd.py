@@ -39,6 +39,22 @@ def test_outputs_and_statistics(shape, n_filters, strip, size, rng, monkeypatch)
 
 
 @cases
+def test_what_is_added_to_a_start(shape, n_filters, rng):
+    x, weight, bias = draw(rng, shape, n_filters)
+    start = rng.standard_normal((shape[0], n_filters, *shape[2:]), np.float32)
+    expected = start + plain.conv2d_forward(
+        *(a.astype(np.float64) for a in (x, weight)), np.zeros(n_filters))  # in the place of the bias
+    x, start = cpu.pack(x), cpu.pack(start)
+    for y in (None, start):
+        found, statistics = conv2d_fused(x, no_epilogue(x), weight, bias, shape[0], start, y=y)
+        mean, variance = mean_and_variance(statistics, shape[0], found)
+        np.testing.assert_allclose(cpu.unpack(found, shape[0]), expected, atol=1e-5 * expected.std())
+        np.testing.assert_allclose(mean, expected.mean((0, 2, 3)), atol=1e-6 * expected.std())
+        np.testing.assert_allclose(variance, expected.var((0, 2, 3)), rtol=1e-5)
+    assert found is start
+
+
+@cases
 def test_it_is_exact_but_for_rounding(shape, n_filters, rng):
     x, weight, bias = draw(rng, shape, n_filters, np.float64)
     found = cpu.unpack(conv2d_before_norm(cpu.pack(x), weight, bias), shape[0])

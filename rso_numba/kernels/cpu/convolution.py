@@ -30,7 +30,7 @@ from .tiles import (
     side_by_side,
     store_tile,
 )
-from .winograd import AT_ONCE, pays, winograd_blocks, winograd_workspace
+from .winograd import AT_ONCE, Output, pays, winograd_blocks, winograd_workspace
 
 NONTEMPORAL_BYTES = 2**23  # larger outputs are written past the caches
 
@@ -85,17 +85,18 @@ def conv2d_fused(z, epilogue, weight, bias, n_images, start=None, stride=1, y=No
     if y is None:
         y = empty((len(z), len(weight), shape[1] // stride, shape[2] // stride, LANES), z.dtype)
     statistics = np.empty((2, 0 if n_images is None else len(z), len(weight)))
-    by_winograd = not (started or stride > 1 or exact_zeros) and pays(weight, shape)
+    by_winograd = not (stride > 1 or exact_zeros) and pays(weight, shape)
     filters = side_by_side(weight, bias, AT_ONCE if by_winograd else CHANNELS)
     sums = workspaces("sums", (len(filters.bias), 3, LANES), z.dtype)
-    nontemporal = y.nbytes > NONTEMPORAL_BYTES
+    nontemporal, start = y.nbytes > NONTEMPORAL_BYTES, start if started else y
     if by_winograd:
         workspace = winograd_workspace(shape, filters, sums)
-        winograd_blocks(z, epilogue, filters, nontemporal, n_images or 0, y, statistics, workspace)
+        output = Output(y, start, started, nontemporal)
+        winograd_blocks(z, epilogue, filters, n_images or 0, output, statistics, workspace)
     else:
         workspace = Workspace(padded_workspace(shape, weight.shape[2], stride, z.dtype), sums)
-        conv2d_blocks(z, epilogue, filters, start if started else y, started, stride, nontemporal,
-                      n_images or 0, y, statistics, workspace)
+        conv2d_blocks(z, epilogue, filters, start, started, stride, nontemporal, n_images or 0, y, statistics,
+                      workspace)
     return y, statistics
 
 

@@ -36,6 +36,7 @@ from .lanes import (
     load,
     multiply,
     multiply_add,
+    prefetch,
     store,
     store_fence,
     store_nontemporal,
@@ -54,6 +55,8 @@ from .tiles import (
     store_tile,
 )
 
+# what `winograd_blocks` writes, and what it begins with if it is started
+Output = namedtuple("Output", "y start started nontemporal")
 # of all threads, see `winograd_blocks`
 Workspace = namedtuple("Workspace", "filters_at padded points products sums")
 
@@ -98,22 +101,23 @@ def winograd_workspace(shape, filters, sums):
 
 
 @parallel_kernel
-def winograd_blocks(z, epilogue, filters, nontemporal, n_images, y, statistics, workspace):
-    # z, epilogue, filters, nontemporal, y (n_blocks, C_out, h, w, LANES), statistics as in `conv2d_blocks`
+def winograd_blocks(z, epilogue, filters, n_images, output, statistics, workspace):
+    # z, epilogue, filters, output (with y and start), statistics as in `conv2d_blocks`
     # workspace: filters_at (n_workspaces * 36, C_in, C), padded (n_workspaces, C_in, rows, columns, LANES)
     # points (n_workspaces * 36, at least C_in, 2, LANES), products (n_workspaces * 36, at least 8, 2, LANES)
     # sums (n_workspaces, C, 3, LANES)
     z_flat = z.reshape(len(z), -1, LANES)  # see `conv2d_blocks`
     for thread in prange(n_threads_of(workspace.padded)):
-        winograd_share(workspace_of(thread), z, z_flat, epilogue, filters, nontemporal, n_images, y,
-                       statistics, workspace)
+        winograd_share(workspace_of(thread), z, z_flat, epilogue, filters, n_images, output, statistics,
+                       workspace)
 
 
 @kernel
-def winograd_share(t, z, z_flat, epilogue, filters, nontemporal, n_images, y, statistics, workspace):
+def winograd_share(t, z, z_flat, epilogue, filters, n_images, output, statistics, workspace):
     # the blocks of the thread with workspace t: arguments as in `winograd_blocks`
     # z_flat is z (n_blocks, n, LANES)
     filters_at, padded, points, products, sums = workspace
+    y = output.y
     filters_at_points(filters.weight, G, t, filters_at)  # each thread for itself: they are soon made
     height, width = -(-y.shape[2] // SIDE), -(-y.shape[3] // SIDE)  # in tiles
     n_rows, n_channels = (padded.shape[2] - 2) // SIDE, filters_at.shape[2]
@@ -132,11 +136,9 @@ def winograd_share(t, z, z_flat, epilogue, filters, nontemporal, n_images, y, st
                     products_at_points(points, filters_at, o, t, products, z_flat, ahead, part, part_size)
                     part += POINTS
                     points_to_outputs(products, t)
-                    put_in_place(products, t, 0, o, here, first, filters.bias, nontemporal, n_lanes, y, b,
-                                 sums)
+                    put_in_place(products, t, 0, o, here, first, filters.bias, n_lanes, output, b, sums)
                     if tile + 1 < n_tiles:
-                        put_in_place(products, t, 1, o, other, first, filters.bias, nontemporal, n_lanes,
-                                     y, b, sums)
+                        put_in_place(products, t, 1, o, other, first, filters.bias, n_lanes, output, b, sums)
         if n_lanes > 0:
             around_means(sums, t, y.shape[2] * y.shape[3] * n_lanes, statistics, b)
     store_fence()
@@ -306,10 +308,12 @@ def put_four(products, p, c, j, outputs):
 
 
 @kernel
-def put_in_place(products, t, j, start, tile, first, bias, nontemporal, n_lanes, y, b, sums):
-    # products (n_workspaces * 36, 8, 2, LANES): 16 are the outputs of tile j, from channel `start` on
-    # -> y[b] (C_out, h, w, LANES) at a row and column of tiles, rows counted from `first` on
+def put_in_place(products, t, j, first_channel, tile, first, bias, n_lanes, output, b, sums):
+    # products (n_workspaces * 36, 8, 2, LANES): 16 are the outputs of tile j, from channel `first_channel` on
+    # -> output.y[b] (C_out, h, w, LANES) at a row and column of tiles, rows counted from `first` on
     # sums (n_workspaces, C, 3, LANES); n_lanes hold images, 0 if nothing is counted
+    y, start, started, nontemporal = output
+    ahead = min(b + 1, len(y) - 1)
     h, w = SIDE * (first + tile[0]), SIDE * tile[1]
     height, width = min(SIDE, y.shape[2] - h), min(SIDE, y.shape[3] - w)
     is_real, none = first_lanes(n_lanes, y.dtype.type(1)), broadcast(y.dtype.type(0))
@@ -317,16 +321,20 @@ def put_in_place(products, t, j, start, tile, first, bias, nontemporal, n_lanes,
     right = is_real if width > 2 else none, is_real if width > 3 else none
     for i in range(height):
         p = POINTS * t + SIDE * i
-        for o in range(start, min(start + AT_ONCE, y.shape[1])):
+        for o in range(first_channel, min(first_channel + AT_ONCE, y.shape[1])):
+            c = o - first_channel
             for k in range(width):
-                value = add(load(products, (p + k, o - start, j)), broadcast(bias[o]))
-                store(products, (p + k, o - start, j), value)
+                value = add(load(products, (p + k, c, j)), broadcast(bias[o]))
+                if started:
+                    value = add(load(products, (p + k, c, j)), load(start, (b, o, h + i, w + k)))
+                    prefetch(start, (ahead, o, h + i, w + k))
+                store(products, (p + k, c, j), value)
                 if nontemporal:
                     store_nontemporal(y, (b, o, h + i, w + k), value)
                 else:
                     store(y, (b, o, h + i, w + k), value)
             if n_lanes > 0:
-                pair = load(products, (p, o - start, j)), load(products, (p + 1, o - start, j))
+                pair = load(products, (p, c, j)), load(products, (p + 1, c, j))
                 count_pixels(sums, t, o, h + w + i == 0, left, pair)
-                pair = load(products, (p + 2, o - start, j)), load(products, (p + 3, o - start, j))
+                pair = load(products, (p + 2, c, j)), load(products, (p + 3, c, j))
                 count_pixels(sums, t, o, False, right, pair)
