@@ -18,6 +18,7 @@ from pathlib import Path
 
 from . import __version__, cifar10, datasets, kernels, mnist, models, mpi, presets, sources
 from .arguments import whole_number
+from .evaluators import MEMORY
 from .files import make_folder, written_beside
 
 # What suits each data set, where the command line says nothing else.
@@ -27,6 +28,8 @@ DEFAULTS = {
     "mnist": dict(rounds=10, batch_size=256, epochs=10),
     "cifar10": dict(rounds=10, batch_size=256, epochs=10),
 }
+DATA_HOME = dict(metavar="FOLDER", help="folder with the files of the data set, or to download them to; it "
+                 "must exist (default: $RSO_NUMBA_DATA, or ./data if there is one)")
 CHECKPOINT_SECONDS = 60.0  # from one to the next, where the command line asks for some and says no more
 PACKAGES = ("numpy", "numba", "llvmlite", "matplotlib", "scikit-learn")
 
@@ -121,8 +124,7 @@ def parser():
     option = run.add_argument
     option("--data", default="digits", metavar="NAME",
            help=f"data set, {names(datasets.LOADERS)} (default: %(default)s)")
-    option("--data-home", metavar="FOLDER", help="folder with the files of the data set, or to "
-           "download them to; it must exist (default: $RSO_NUMBA_DATA, or ./data if there is one)")
+    option("--data-home", **DATA_HOME)
     option("--model", default="one_conv", metavar="NAME",
            help=f"network, {names(models.MODELS)} (default: %(default)s)")
     option("--preset", default="paper", metavar="NAME",
@@ -145,6 +147,8 @@ def parser():
            help=f"what computes, {names(kernels.BACKEND_CHOICES)} (default: %(default)s)")
     option("--threads", type=int, metavar="N", help="threads of the cpu backend (default: all cores, "
            "divided among the processes that mpiexec has started)")
+    option("--memory", type=float, default=MEMORY / 1e9, metavar="GB", help="what RSO may keep, beside the "
+           "data, of mini-batches that come back; less is slower (default: %(default)s)")
     option("--out", default="rso-out", metavar="FOLDER", type=os.path.expanduser,
            help="folder for the files, made if need be (default: %(default)s)")
     option("--no-progress", action="store_true", help="show no progress bars")
@@ -170,8 +174,7 @@ def _add_bench(commands):
            help="network; all is those for MNIST (default: %(default)s)")
     option("--data", choices=("mnist", "cifar10", "digits28"),
            help="data set (default: mnist; cifar10 for paper_cifar10)")
-    option("--data-home", metavar="FOLDER", help="folder with the files of the data set, or to "
-           "download them to; it must exist (default: $RSO_NUMBA_DATA, or ./data if there is one)")
+    option("--data-home", **DATA_HOME)
     option("--batch-size", type=int, metavar="N", help="images in a mini-batch of RSO (default: 1024 for "
            "one_conv, 1000 for two_conv, 5000 for paper_mnist, 1000 for paper_cifar10; at most half of the "
            "training set)")
@@ -288,9 +291,9 @@ def compare(arguments):
         data, arguments.model, chosen["rounds"], chosen["batch_size"], arguments.preset,
         sgd_epochs=chosen["epochs"], sgd_batch_size=arguments.sgd_batch_size,
         learning_rate=arguments.learning_rate, momentum=arguments.momentum, backend=arguments.backend,
-        seed=arguments.seed, out=arguments.out, ranks=ranks, progress=leads and not arguments.no_progress,
-        report=lambda result: failed.append(_show(experiments.table(result.histories.values()))),
-        checkpoint_every=checkpoint, resume=arguments.resume)
+        memory=arguments.memory * 1e9, seed=arguments.seed, out=arguments.out, ranks=ranks,
+        progress=leads and not arguments.no_progress, checkpoint_every=checkpoint, resume=arguments.resume,
+        report=lambda result: failed.append(_show(experiments.table(result.histories.values()))))
     if not leads:
         return 0
     failed.append(_show(f"wrote {', '.join(map(str, result.files)) or 'nothing'}"))

@@ -11,7 +11,7 @@ from . import kernels, models, plots, presets, rso, sgd
 from .arguments import training_generator, whole_number
 from .checkpoint import Checkpoint
 from .datasets import check_images, check_labels, check_training
-from .evaluators import FullForward
+from .evaluators import MEMORY, FullForward
 from .files import make_folder
 from .history import History
 from .sweeps import read_sweep, sweep  # noqa: F401 (they have a file of their own, which workers import)
@@ -44,7 +44,7 @@ class Comparison:
 
 def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *, sgd_epochs=30,
             sgd_batch_size=32, learning_rate=0.1, momentum=0.0, backend="cpu", seed=0, out="rso-out",
-            ranks=None, progress=True, report=None, checkpoint_every=None, resume=False):
+            memory=MEMORY, ranks=None, progress=True, report=None, checkpoint_every=None, resume=False):
     """Train one network by RSO and by SGD from the same initial weights, and write what happened.
 
     The defaults suit the digits of scikit-learn.
@@ -64,6 +64,8 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     out : str or path
         A folder, made if need be, for compare.png, rso.csv, sgd.csv, rso.npz, sgd.npz. Former
         files of these names are replaced.
+    memory : float
+        Bytes for mini-batches of RSO that come back, see `rso.trials`.
     ranks : Ranks or None
         Processes that share the mini-batches of RSO, see `mpi.py`. All call this with the same arguments and
         train by SGD each for itself; only rank 0 writes.
@@ -109,8 +111,8 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     result = Comparison(networks, {solver: History(solver) for solver in networks})
     check_training(networks["sgd"], data, sgd_epochs, sgd_batch_size, "epochs", "sgd_batch_size")
     # this searches nothing yet, but complains now, not after the SGD, of arguments that do not fit
-    rso.trials(networks["rso"], data, rounds, batch_size, settings, backend=backend, ranks=ranks,
-               rng=training_generator(seed))
+    rso.trials(networks["rso"], data, rounds, batch_size, settings, backend=backend, memory=memory,
+               ranks=ranks, rng=training_generator(seed))
     leads = ranks is None or ranks.leads
     if leads:
         make_folder(out)
@@ -123,7 +125,8 @@ def compare(data, model="one_conv", rounds=8, batch_size=1024, preset="paper", *
     # SGD first: it takes a moment, and an interrupted search then has something to compare with
     trainings = {
         "sgd": partial(sgd.train, networks["sgd"], data, sgd_epochs, sgd_batch_size, learning_rate, momentum),
-        "rso": partial(rso.train, networks["rso"], data, rounds, batch_size, settings, ranks=ranks)}
+        "rso": partial(rso.train, networks["rso"], data, rounds, batch_size, settings, memory=memory,
+                       ranks=ranks)}
     write = partial(_write, result, Path(out), before, scan, title, report) if leads else lambda: None
     try:
         for solver, train in trainings.items():

@@ -28,7 +28,7 @@ from .arguments import generator
 from .batches import POLICIES
 from .checkpoint import SearchCheckpoint
 from .datasets import check_training
-from .evaluators import make_evaluator
+from .evaluators import MEMORY, make_evaluator
 from .history import History
 from .kernels import formulas
 from .layers import RUNNING_MOMENTUM
@@ -53,6 +53,9 @@ def algorithm_1(network, data, evaluator, settings, rounds, batch_size, rng, vis
     settings : Preset
     rounds, batch_size : int
     rng : Generator
+    memory : float
+        Bytes that delta evaluation may keep of mini-batches that come back. What does not fit is computed
+        anew, which takes longer. (Data, and arrays of a few mini-batches, come on top of it.)
     visits : function
         Which weights are visited, and in which order.
     cursor : Cursor or None
@@ -130,7 +133,8 @@ class Trial:
 
 
 def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluation="delta",
-           backend="cpu", evaluator=None, visits=visits, ranks=None, cursor=None, rng=None, **overrides):
+           backend="cpu", evaluator=None, memory=MEMORY, visits=visits, ranks=None, cursor=None, rng=None,
+           **overrides):
     """Return an iterator that trains `network` as it is consumed, one `Trial` a weight.
 
     Parameters
@@ -195,7 +199,8 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
     if evaluator is None:
         momentum = RUNNING_MOMENTUM if settings.test_statistics == "running" else 0.0
         fixed = data.train_images[:CALIBRATION_IMAGES] if settings.search_statistics == "fixed" else None
-        evaluator = make_evaluator(evaluation, network, backend, momentum, settings.unit, fixed, ranks)
+        evaluator = make_evaluator(evaluation, network, backend, momentum, settings.unit, fixed, ranks,
+                                   memory)
     network.fit_scaling(data.train_images)
     search = partial(algorithm_1, network, data, settings=settings, rounds=rounds, batch_size=batch_size,
                      rng=rng, visits=visits, cursor=cursor)
@@ -223,14 +228,14 @@ def checked(stream, network):
 
 
 def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluation="delta",
-          backend="cpu", evaluator=None, ranks=None, rng=None, track_trials=False, progress=False,
-          history=None, on_trial=None, on_layer=None, on_round=None, trial_log=None, checkpoint=None,
-          checkpoint_every=60, resume=False, **overrides):
+          backend="cpu", evaluator=None, memory=MEMORY, ranks=None, rng=None, track_trials=False,
+          progress=False, history=None, on_trial=None, on_layer=None, on_round=None, trial_log=None,
+          checkpoint=None, checkpoint_every=60, resume=False, **overrides):
     """Train `network` by RSO and return what happened, round by round.
 
     Parameters
     ----------
-    network, data, rounds, batch_size, preset, evaluation, backend, evaluator, ranks, rng, **overrides
+    network, data, rounds, batch_size, preset, evaluation, backend, evaluator, memory, ranks, rng, **overrides
         See `trials`.
     track_trials : bool
         Keep every `Trial` in `history.trials`.
@@ -278,9 +283,9 @@ def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluati
         raise ValueError("ranks write neither checkpoint nor trial_log; leave them out, or start one process")
     saved = SearchCheckpoint(checkpoint, checkpoint_every, network, rng, history)
     stream = trials(network, data, rounds, batch_size, settings, evaluation=evaluation, backend=backend,
-                    evaluator=evaluator, ranks=ranks, cursor=saved.cursor, rng=rng)
+                    evaluator=evaluator, memory=memory, ranks=ranks, cursor=saved.cursor, rng=rng)
     goes_on = saved.begin(resume, data, settings=asdict(settings), rounds=rounds, batch_size=batch_size,
-                          evaluation=evaluation, backend=kernels.resolve(backend))
+                          evaluation=evaluation, backend=kernels.resolve(backend), memory=memory)
     if not goes_on:
         _end_round(history, network, data, settings, backend)
     layers, images = layers_of_round(network, settings), 3 * min(batch_size, len(data.train_images))

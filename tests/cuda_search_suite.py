@@ -169,7 +169,7 @@ def _compare_running_statistics(*networks):
 @pytest.mark.parametrize("name, every, settings", [
     ("identity", 1, {"hold": "filter"}), ("projection", 1, {}), ("over_a_pool", 1, {}),
     ("two_skips", 1, {"hold": "filter"}), ("sum_of_logits", 4, {}), ("own_layer", 4, {}),
-    ("paper_cifar10", 7, {"search_statistics": "fixed", "test_statistics": "first_2000"}),
+    ("paper_cifar10", 11, {"sigma": 0.3, "search_statistics": "fixed", "test_statistics": "first_2000"}),
     ("projection", 4, {"hold": "filter", "search_statistics": "fixed", "test_statistics": "first_2000"})])
 def test_residual_networks_decide_as_numpy_does(name, every, settings):
     """Every weight, or with `every` 4 a part of them: a trial takes the simulator a second."""

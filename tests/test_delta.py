@@ -1,5 +1,7 @@
 """Delta evaluation equals full forward passes: for every weight, and over whole rounds."""
 
+from itertools import islice
+
 import networks
 import numpy as np
 import pytest
@@ -221,6 +223,21 @@ def test_convolution_and_average_pool_in_one(shape, strip, rng, monkeypatch):
     apart = cpu.avgpool_forward(cpu.conv2d_forward(x, weight, bias))
     merged, apart = cpu.unpack(merged, shape[0]), cpu.unpack(apart, shape[0])
     np.testing.assert_allclose(merged, apart, rtol=1e-4, atol=1e-5)
+
+
+def test_memory_bounds_what_is_kept_and_changes_no_loss(small):
+    found = []
+    for memory in (0, 1e5, 1e9):
+        network = build("paper_mnist", (1, 8, 8), rng=0, preset="authors")
+        evaluator = make_evaluator("delta", network, memory=memory)
+        stream = rso.trials(network, small, 1, 16, "authors", evaluator=evaluator, rng=0)
+        found.append([trial.losses for trial in islice(stream, 700)])
+        assert sum(len(chunk) for chunk, _ in evaluator.cache.arena.chunks) <= memory
+    for losses in found[:2]:
+        np.testing.assert_allclose(losses, found[2], rtol=1e-5)
+    for memory in (-1, "1e9"):
+        with pytest.raises((ValueError, TypeError), match="memory"):
+            rso.trials(network, small, 1, 16, memory=memory)
 
 
 def test_who_evaluates():

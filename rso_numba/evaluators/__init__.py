@@ -15,6 +15,7 @@ search with a `Recorder`, which notes what is asked and answers nothing, and dec
 import warnings
 
 from .. import kernels
+from ..arguments import number_below
 from .delta_plain import PlainDeltaForward
 from .full import FullForward
 from .graph import NoDelta
@@ -23,10 +24,11 @@ __all__ = ["CudaForward", "DeltaForward", "FullForward", "NoDelta",  # noqa: F82
            "PlainDeltaForward", "make_evaluator"]
 
 EVALUATIONS = ("delta", "full")
+MEMORY = 3.5e9  # bytes that delta evaluation keeps of mini-batches that come back, unless somebody says less
 
 
 def make_evaluator(evaluation, network, backend="cpu", momentum=0.0, unit="weight", fixed_images=None,
-                   ranks=None):
+                   ranks=None, memory=MEMORY):
     """Return the evaluator for a search.
 
     Parameters
@@ -43,6 +45,8 @@ def make_evaluator(evaluation, network, backend="cpu", momentum=0.0, unit="weigh
         If given, BatchNorms before the layer that is being searched use the statistics of these images.
     ranks : Ranks or None
         Processes that share every mini-batch, see `mpi.py`. They need the backend "cpu".
+    memory : float
+        Bytes that delta evaluation, on the CPU or a GPU, may keep of mini-batches that come back.
 
     Raises
     ------
@@ -62,12 +66,14 @@ def make_evaluator(evaluation, network, backend="cpu", momentum=0.0, unit="weigh
     kernels.backend(backend)  # says what is missing, if anything is
     if ranks is not None and backend != "cpu":
         raise ValueError(f"backend is {backend!r}; expected 'cpu', the only one that ranks can share")
+    memory = number_below(memory, "memory")
     shared = {} if ranks is None else {"ranks": ranks}
+    bounded = {} if backend == "numpy" else {"memory": memory}
     if evaluation == "delta":
         try:
             if unit != "weight":
                 raise NoDelta(f"a step changes a whole {unit} (unit={unit!r})")
-            return _delta_forward(backend)(network, momentum, fixed_images, **shared)
+            return _delta_forward(backend)(network, momentum, fixed_images, **bounded, **shared)
         except NoDelta as reason:
             warnings.warn(f"every loss is computed by a whole forward pass, because {reason}, which delta "
                           "evaluation cannot do; evaluation='full' does the same without this warning",

@@ -43,6 +43,7 @@ from ..kernels.cuda.last_layer import WHERE
 from ..kernels.cuda.layout import by_row
 from ..kernels.cuda.softmax import loss_sums_kernel
 from ..passes import Pass
+from . import MEMORY
 from .cuda_nodes import NO_CHANNEL, DeviceLinear, start_all
 from .cuda_plans import Kept, LaunchPlan, copied
 from .cuda_slots import Slots
@@ -88,7 +89,7 @@ class CudaForward:
         If the network is none that delta evaluation can take: see `Graph`.
     """
 
-    def __init__(self, network, momentum=0.0, fixed_images=None, memory=3.5e9):
+    def __init__(self, network, momentum=0.0, fixed_images=None, memory=MEMORY):
         self.network, self.momentum, self.memory = network, np.float32(momentum), memory
         self.graph, self.fixed_images = Graph(network), fixed_images
         self.last = self.graph.nodes[-1]

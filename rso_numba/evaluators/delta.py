@@ -23,6 +23,7 @@ from ..kernels.cpu.memory import copy, empty
 from ..kernels.formulas import NO_POOL
 from ..layers import Conv2D
 from ..passes import Pass
+from . import MEMORY
 from .batch_cache import BatchCache
 from .graph import Graph
 from .nodes import Values, apply_linear
@@ -59,7 +60,7 @@ class DeltaForward:
         If the network is none that delta evaluation can take: see `Graph`.
     """
 
-    def __init__(self, network, momentum=0.0, fixed_images=None, memory=3.5e9, ranks=None):
+    def __init__(self, network, momentum=0.0, fixed_images=None, memory=MEMORY, ranks=None):
         self.ranks = ranks
         self.network, self.momentum, self.fixed_images = network, momentum, fixed_images
         self.graph, self.cache = Graph(network), BatchCache(memory)
