@@ -14,7 +14,7 @@ from rso_numba.kernels import cpu, formulas
 from rso_numba.kernels.cpu import chain as cpu_chain
 from rso_numba.kernels.cpu.activations import computed
 from rso_numba.kernels.cpu.fusion import Deferred
-from rso_numba.layers import AvgPool, BatchNorm, Conv2D, Dense, Flatten, ReLU
+from rso_numba.layers import AvgPool, BatchNorm, Conv2D, Dense, Flatten, ReLU, Residual
 from rso_numba.models import Network, build
 from rso_numba.passes import Pass
 
@@ -280,14 +280,20 @@ def test_a_batchnorm_does_the_relu_directly_behind_it(rng, monkeypatch):
 
 
 def test_zeros_stay_exact_unless_a_batchnorm_is_next(monkeypatch):
-    seen, forward, forward_before_norm = [], cpu.conv2d_forward, cpu_chain.BEFORE_NORM.conv2d_forward
+    seen, forward, forward_before_norm = [], cpu.conv2d_forward, cpu_chain.conv2d_before_norm
     monkeypatch.setattr(cpu, "conv2d_forward", lambda *a: seen.append(False) or forward(*a))
-    monkeypatch.setattr(cpu_chain.BEFORE_NORM, "conv2d_forward",
+    monkeypatch.setattr(cpu_chain, "conv2d_before_norm",
                         lambda *a: seen.append(True) or forward_before_norm(*a))
     chain = [Conv2D(2), ReLU(), Conv2D(2), BatchNorm(), Conv2D(2), AvgPool(), BatchNorm(),
              Conv2D(2), AvgPool(), ReLU(), Flatten(), Dense(2)]
     models.Network(chain, (1, 4, 4), 2).forward(np.zeros((2, 1, 4, 4), np.float32))
     assert seen == [False, True, True, False]
+    seen.clear()
+    chain = [Residual([Conv2D(2), ReLU(), Conv2D(1)], [Conv2D(1)]), AvgPool(), BatchNorm(),
+             Residual([Conv2D(1)]), ReLU(), Residual([BatchNorm(), Residual([Conv2D(1)])]), BatchNorm(),
+             Flatten(), Dense(2)]
+    models.Network(chain, (1, 4, 4), 2).forward(np.zeros((2, 1, 4, 4), np.float32))
+    assert seen == [False, True, True, False, True]
 
 
 def test_the_maps_between_convolutions_are_not_made(rng):
