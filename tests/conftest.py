@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.datasets
 
 from rso_numba import datasets
 
@@ -62,6 +63,19 @@ def digits():
 def small(digits):
     """70 training and 30 test digits."""
     return digits.subset(70, 30, rng=0)
+
+
+@pytest.fixture
+def nowhere(monkeypatch, tmp_path):
+    """Stand in an empty folder, where no files of data sets are named or found, and none are downloaded."""
+    monkeypatch.delenv("RSO_NUMBA_DATA", raising=False)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+
+    def no_download(*args, **kwargs):
+        raise AssertionError("a download was tried")
+
+    monkeypatch.setattr(sklearn.datasets, "fetch_openml", no_download)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ NAMES = list(cifar10.CIFAR10_FILES)
 
 
 @pytest.fixture
-def tiny(monkeypatch, tmp_path):
+def tiny(monkeypatch, nowhere, tmp_path):
     """Make the loader expect six files of 20 images; return them, and stand where there is no data/."""
     rng = np.random.default_rng(0)
     records = rng.integers(0, 256, (6, N, 3073), dtype=np.uint8)
@@ -30,14 +30,6 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(cifar10, "CIFAR10_FILES",
                         {name: hashlib.md5(content).hexdigest() for name, content in contents.items()})
     monkeypatch.setattr(sources, "__file__", str(tmp_path / "site-packages" / "rso_numba" / "sources.py"))
-    monkeypatch.delenv("RSO_NUMBA_DATA", raising=False)
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-
-    def no_download(*args, **kwargs):
-        raise AssertionError("a download was tried")
-
-    monkeypatch.setattr(sklearn.datasets, "fetch_openml", no_download)
     return types.SimpleNamespace(contents=contents, records=records)
 
 

@@ -94,7 +94,7 @@ def test_read_idx_expects_the_shape_it_is_told(tmp_path):
 
 
 @pytest.fixture
-def tiny(monkeypatch, tmp_path):
+def tiny(monkeypatch, nowhere):
     """Make the loader expect four tiny files; return their contents, and stand where there is no data/."""
     rng = np.random.default_rng(0)
     shapes = ((5, 28, 28), (5,), (3, 28, 28), (3,))
@@ -104,14 +104,6 @@ def tiny(monkeypatch, tmp_path):
     table = {name: (value.shape, hashlib.sha256(contents[name]).hexdigest())
              for name, value in zip(contents, values, strict=True)}
     monkeypatch.setattr(mnist, "MNIST_FILES", table)
-    monkeypatch.delenv("RSO_NUMBA_DATA", raising=False)
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-
-    def no_download(*args, **kwargs):
-        raise AssertionError("a download was tried")
-
-    monkeypatch.setattr(sklearn.datasets, "fetch_openml", no_download)
     return types.SimpleNamespace(contents=contents, values=values)
 
 
