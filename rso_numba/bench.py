@@ -27,6 +27,7 @@ CONFIGURATIONS = {  # model: mini-batch, preset, and the model that SGD trains b
     "paper_cifar10": (1000, "authors", "paper_cifar10"),
 }
 FOR_MNIST = "one_conv", "two_conv", "paper_mnist"
+FROM_PAPER = "paper_mnist", "paper_cifar10"  # measured with hold="filter" and with one thread, too
 SGD_BATCH_SIZES = (32, 256)
 CHECK_IMAGES = 64  # mini-batch of the comparison of losses, which is also the first call of everything
 BLOCK = 12  # trials of delta evaluation that are averaged before the median is taken
@@ -236,10 +237,10 @@ def search_rows(job, effort):
     few, many = spread(effort.few), first_n(None if job.model in effort.whole else effort.many)
     rows = [search_row(job, effort, "FullForward", few),
             search_row(job, effort, "DeltaForward", many, evaluation="delta")]
-    if job.model.startswith("paper") and presets.resolve(job.preset).order != "column_major":
+    if job.model in FROM_PAPER and presets.resolve(job.preset).order != "column_major":
         held = filters(effort.many)
         rows += [search_row(job, effort, "DeltaForward", held, evaluation="delta", hold="filter")]
-    if job.model.startswith("paper") and (threads := numba.get_num_threads()) > 1:
+    if job.model in FROM_PAPER and (threads := numba.get_num_threads()) > 1:
         numba.set_num_threads(1)
         rows += [search_row(job, effort, "DeltaForward, 1 thread", many, evaluation="delta")]
         numba.set_num_threads(threads)

@@ -75,6 +75,7 @@ class TorchForward(FullForward):
             (step, {name: self.torch.from_numpy(getattr(step, name)) for name in step.parameter_names}
              if isinstance(step, Layer) else None)
             for step in steps(network.layers)]
+        self.names = [getattr(step, "name", step) for step, _ in self.steps]
 
     def set_batch(self, images, labels, key=None):
         self.x, self.labels = self.torch.from_numpy(images), self.torch.from_numpy(labels)
@@ -99,8 +100,7 @@ class TorchForward(FullForward):
         self.fix_statistics(parameter.layer)
         self.not_counted += perf_counter() - begin
         before, losses = parameter.value[index].copy(), np.empty(len(candidates))
-        names = [getattr(step, "name", step) for step, _ in self.steps]
-        start = names.index(parameter.layer) if self.cached else 0
+        start = self.names.index(parameter.layer) if self.cached else 0
         with self.torch.no_grad():
             begin = perf_counter()
             stack = self.propagate((self.x,), stop=start)

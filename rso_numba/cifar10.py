@@ -6,6 +6,7 @@ opens them here. All of it is bytes; `datasets.load_cifar10` makes a `Dataset` o
 """
 
 import hashlib
+import math
 
 import numpy as np
 
@@ -21,6 +22,7 @@ CIFAR10_FILES = {
     "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",  # the last one: all others are for training
 }
 IMAGES, SHAPE = 10_000, (3, 32, 32)  # in a file, and of each
+PIXELS = math.prod(SHAPE)
 FOLDERS = ("", "cifar10", "cifar-10-batches-bin")  # of a data home; the archive unpacks into the last
 PICKLES = ("", "cifar10", "cifar-10-batches-py")
 ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -45,7 +47,7 @@ def read_file(path):
     ValueError
         If the file is not the published one of its name; says what is wrong with it.
     """
-    n_bytes = IMAGES * (1 + int(np.prod(SHAPE)))
+    n_bytes = IMAGES * (1 + PIXELS)
     with open(path, "rb") as file:
         content = file.read(n_bytes + 1)  # at most one byte more than needed
     if len(content) != n_bytes:
@@ -96,7 +98,7 @@ def _download(homes):
             f"opened; get the binary version, {ARCHIVE}, and unpack it beside them")
     names = "\n  ".join(CIFAR10_FILES)
     pixels, labels, mend = from_openml(
-        "CIFAR_10", "CIFAR-10", (IMAGES * len(CIFAR10_FILES), int(np.prod(SHAPE))), homes,
+        "CIFAR_10", "CIFAR-10", (IMAGES * len(CIFAR10_FILES), PIXELS), homes,
         f"Get {ARCHIVE}, and put its six files\n  {names}\ninto the folder {{home}}")
     records = np.concatenate([labels.astype(np.uint8)[:, None], pixels], axis=1)
     contents = [records[first : first + IMAGES].tobytes() for first in range(0, len(records), IMAGES)]

@@ -53,9 +53,6 @@ def algorithm_1(network, data, evaluator, settings, rounds, batch_size, rng, vis
     settings : Preset
     rounds, batch_size : int
     rng : Generator
-    memory : float
-        Bytes that delta evaluation may keep of mini-batches that come back. What does not fit is computed
-        anew, which takes longer. (Data, and arrays of a few mini-batches, come on top of it.)
     visits : function
         Which weights are visited, and in which order.
     cursor : Cursor or None
@@ -157,6 +154,9 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
     evaluator : object or None
         Computes the losses in the place of `evaluation` and `backend`: anything with the three methods that
         `evaluators` describes.
+    memory : float
+        Bytes that delta evaluation may keep of mini-batches that come back. What does not fit is computed
+        anew, which takes longer. (Data, and arrays of a few mini-batches, come on top of it.)
     visits : function
         Which weights are visited in a round, and in which order: `visits.visits`, or one with its arguments.
     ranks : Ranks or None

@@ -6,6 +6,7 @@ from itertools import islice, product
 
 import numpy as np
 import pytest
+from networks import narrow
 from numba import config
 
 from rso_numba import bench, bench_gpu, datasets, kernels, models, rso
@@ -45,13 +46,6 @@ class Negative(Layer):
         return run.kernels.scale_shift(x, zeros - 1, zeros)
 
 
-def _narrow(layer):
-    """A layer of a model with one filter, or two, of one pixel."""
-    if isinstance(layer, Residual):
-        return Residual(*([_narrow(inner) for inner in branch] for branch in (layer.body, layer.shortcut)))
-    return Conv2D(layer.filters // 16, size=1, use_bias=False) if isinstance(layer, Conv2D) else layer
-
-
 def _network(name):
     """A tiny version of a model, or a chain that no model has, with parameters that all differ."""
     layers = {
@@ -84,7 +78,7 @@ def _network(name):
         "sum_of_logits": [
             Conv2D(1, size=1), ReLU(), GlobalMeanPool(),
             Residual([Dense(N_CLASSES)], [Dense(2), ReLU(), Dense(N_CLASSES)])],
-        "paper_cifar10": [_narrow(layer) for layer in models.paper_cifar10(N_CLASSES)],
+        "paper_cifar10": narrow(models.paper_cifar10(N_CLASSES), 16, size=1),
         "own_layer": [
             BatchNorm(), Conv2D(2, size=1), Negative(), BatchNorm(), Residual([Conv2D(2, size=1)]),
             Negative(), AvgPool(), Flatten(), Dense(N_CLASSES)],

@@ -66,18 +66,23 @@ def residuals():
             Dense(3)],
         "logits are a sum": [
             Conv2D(2), ReLU(), GlobalMeanPool(), Residual([Dense(3)], [Dense(4), ReLU(), Dense(3)])],
-        "paper_cifar10": [_narrow(layer) for layer in models.paper_cifar10(3)],
+        "paper_cifar10": narrow(models.paper_cifar10(3), 10),
         "late BatchNorms": [
             BatchNorm(), Residual([Conv2D(2), ReLU()], [Conv2D(2, size=1)]), ReLU(), BatchNorm(), MaxPool(),
             Residual([ReLU(), BatchNorm()]), Flatten(), Dense(3)],
     }
 
 
-def _narrow(layer):
-    """Return a layer of a model with an eighth of the filters, or less."""
-    if isinstance(layer, Residual):
-        return Residual(*([_narrow(inner) for inner in branch] for branch in (layer.body, layer.shortcut)))
-    return Conv2D(layer.filters // 10, layer.size, layer.use_bias) if isinstance(layer, Conv2D) else layer
+def narrow(layers, divisor, size=None):
+    """Return layers of a model with so many times fewer filters, of another size if one is given."""
+    def narrower(layer):
+        if isinstance(layer, Residual):
+            return Residual(*(narrow(branch, divisor, size) for branch in (layer.body, layer.shortcut)))
+        if isinstance(layer, Conv2D):
+            return Conv2D(layer.filters // divisor, size or layer.size, layer.use_bias)
+        return layer
+
+    return [narrower(layer) for layer in layers]
 
 
 def small_network(name, rng=None, dtype=np.float32):

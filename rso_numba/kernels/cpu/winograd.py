@@ -324,10 +324,11 @@ def put_in_place(products, t, j, first_channel, tile, first, bias, n_lanes, outp
         for o in range(first_channel, min(first_channel + AT_ONCE, y.shape[1])):
             c = o - first_channel
             for k in range(width):
-                value = add(load(products, (p + k, c, j)), broadcast(bias[o]))
+                begin = broadcast(bias[o])
                 if started:
-                    value = add(load(products, (p + k, c, j)), load(start, (b, o, h + i, w + k)))
+                    begin = load(start, (b, o, h + i, w + k))
                     prefetch(start, (ahead, o, h + i, w + k))
+                value = add(load(products, (p + k, c, j)), begin)
                 store(products, (p + k, c, j), value)
                 if nontemporal:
                     store_nontemporal(y, (b, o, h + i, w + k), value)
