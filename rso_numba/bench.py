@@ -18,6 +18,7 @@ from . import kernels, models, presets, rso, sgd
 from .arguments import training_generator, whole_number
 from .bench_torch import LEARNING_RATE, TorchForward, torch_or_none, torch_sgd
 from .datasets import Dataset
+from .evaluators import FullForward, make_evaluator
 from .visits import visits
 
 CONFIGURATIONS = {  # model: mini-batch, preset, and the model that SGD trains beside it
@@ -203,14 +204,46 @@ def kernels_loaded():
     return np.sum([(0, 0), *counts], axis=0, dtype=int)
 
 
+class Compared:
+    """FullForward, and another evaluator that is asked the same and has to agree.
+
+    FullForward decides, so that a tie which rounding decides otherwise makes no other network of it.
+    """
+
+    def __init__(self, full, other, what):
+        self.full, self.other, self.what = full, other, what
+
+    def set_batch(self, images, labels, key=None):
+        """Give both the mini-batch."""
+        for evaluator in (self.full, self.other):
+            evaluator.set_batch(images, labels, key)
+
+    def losses(self, parameter, index, candidates):
+        """Return FullForward's losses; raise an AssertionError unless the other's are the same."""
+        expected, found = (evaluator.losses(parameter, index, candidates)
+                           for evaluator in (self.full, self.other))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, err_msg=f"{self.what}, {parameter}")
+        return expected
+
+    def keep(self, parameter, index, value):
+        """Tell both what stays."""
+        for evaluator in (self.full, self.other):
+            evaluator.keep(parameter, index, value)
+
+
 def search_row(job, effort, what, choose, evaluator_of=None, evaluation="full", **arguments):
     """Compare the losses of one way of evaluation with FullForward's, then time it; return its Row."""
     loaded, begin = kernels_loaded(), perf_counter()
-    mine = timed_visits(job.small(), first_n(2), evaluator_of, evaluation=evaluation, **arguments)
+    timed_visits(job.small(), first_n(2), evaluator_of, evaluation=evaluation, **arguments)
     first_calls, (from_cache, compiled) = perf_counter() - begin, (kernels_loaded() - loaded).tolist()
-    expected = timed_visits(job.small(), first_n(2), evaluation="full", **arguments)
-    for name, visit in mine.items():
-        np.testing.assert_allclose(visit.losses, expected[name].losses, rtol=1e-4, err_msg=f"{what}, {name}")
+    backend = arguments.get("backend", "cpu")
+
+    def compared_evaluator(network, fixed_images):
+        make = evaluator_of or partial(make_evaluator, evaluation, backend=backend)
+        full = FullForward(network, backend, fixed_images=fixed_images)
+        return Compared(full, make(network, fixed_images=fixed_images), what)
+
+    timed_visits(job.small(), first_n(2), compared_evaluator, **arguments)
     sleep(effort.rest)
     rounds = effort.rounds if evaluation == "delta" and job.model in effort.whole else 1
     timed = timed_visits(job, choose, evaluator_of, rounds, evaluation=evaluation, **arguments)

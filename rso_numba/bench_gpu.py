@@ -119,6 +119,6 @@ def run(chosen, data, effort, seed=0, batch_size=None, preset=None, peaks=None):
         few = bench.spread(effort.few)
         rows = [bench.search_row(job, effort, "FullForward on the GPU", few, backend="cuda"),
                 delta_row(job, effort, peaks)]
-        if model == "paper_mnist" and presets.resolve(job.preset).order != "column_major":
+        if model in bench.FROM_PAPER and presets.resolve(job.preset).order != "column_major":
             rows.append(delta_row(job, effort, peaks, hold="filter"))
         yield bench.compared(rows, rows[0])

@@ -254,6 +254,30 @@ def test_other_losses_than_those_of_full_forward_are_refused(digits28):
         bench.search_row(job_of("one_conv", digits28), bench.QUICK, "wrong", bench.first_n(1), Wrong)
 
 
+def test_a_tie_that_is_decided_otherwise_is_no_other_loss(digits28):
+    differs, kept = [], []
+
+    class Nearly(FullForward):
+        def losses(self, parameter, index, candidates):
+            losses = super().losses(parameter, index, candidates)
+            nearly = losses * (1 - 1e-5 * np.arange(3))
+            differs.append(np.argmin(nearly) != np.argmin(losses))
+            self.full_keeps = candidates[np.argmin(losses)]
+            return nearly
+
+        def keep(self, parameter, index, value):
+            kept.append(value == self.full_keeps)
+            super().keep(parameter, index, value)
+
+    job = job_of("one_conv", digits28).small()
+
+    def both(network, fixed_images):
+        return bench.Compared(FullForward(network), Nearly(network), "nearly")
+
+    bench.timed_visits(job, bench.first_n(2), both, sigma=1e-6)
+    assert any(differs) and all(kept)
+
+
 def test_paper_mnist_has_rows_for_held_batches_and_one_thread(digits28, without_torch, monkeypatch):
     threads = [2]
     monkeypatch.setattr(bench.numba, "get_num_threads", lambda: threads[-1])
