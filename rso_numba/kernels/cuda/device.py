@@ -20,7 +20,7 @@ from .. import GpuError
 LANES, ROWS, MOST_BLOCKS = (4, 2, 2) if config.ENABLE_CUDASIM else (32, 4, 65535)
 THREADS = LANES * ROWS  # a power of two, see block_sum
 
-warnings.filterwarnings("ignore", "Grid size")  # a small batch is a small grid: Numba warns at each launch
+warnings.filterwarnings("ignore", ".*Grid size")  # a small batch is a small grid: Numba warns at each launch
 
 # what the driver's complaints are called; the modules that hold them differ between releases of numba-cuda
 DRIVER_ERRORS = {"CudaDriverError", "CudaAPIError", "CudaSupportError", "CUDAError"}
