@@ -41,10 +41,10 @@ from ..kernels.cuda.delta import (
 from ..kernels.cuda.device import LANES, THREADS, empty, gpu_errors, launch, to_device, to_host
 from ..kernels.cuda.last_layer import WHERE
 from ..kernels.cuda.layout import by_row
-from ..kernels.cuda.softmax import loss_sums_kernel
 from ..passes import Pass
 from . import MEMORY
-from .cuda_nodes import NO_CHANNEL, DeviceLinear, start_all
+from .cuda_launches import Launches, start_all
+from .cuda_nodes import NO_CHANNEL, DeviceLinear
 from .cuda_plans import Kept, LaunchPlan, copied
 from .cuda_slots import Slots
 from .graph import Graph
@@ -61,10 +61,9 @@ class Batch:
     images: np.ndarray
     labels: np.ndarray
     plan: LaunchPlan | None = None
-    on_device: object = None  # labels
     first: object = None  # value of node 0, if it is kept because the bases need it
     kept: Kept | None = None
-    trial: list = ()  # launches from the filters of the candidates to their logits
+    trial: Launches | None = None  # from the filters of the candidates to their losses
     era: int = 0  # in which visit of a channel the bases were computed
     statistics: dict = field(default_factory=dict)  # that BatchNorms took with the weights as they are
 
@@ -256,8 +255,9 @@ class CudaForward:
             (candidates_kernel, -(-(plan.filters.size + plan.singles.size) // THREADS), (
                 trial, self.weights, position, self.k, delta, decay, plan.filter_first, plan.origins,
                 plan.filters, plan.singles, self.records)),
-            *batch.trial,
-            (loss_sums_kernel, len(plan.logits), (plan.logits, batch.on_device, plan.sums)),
+        ])
+        batch.trial.start()
+        start_all([
             (decide_kernel, 1, (trial, self.weights, position, delta, decay, plan.sums, plan.n_images,
                                 self.records)),
         ])
@@ -274,7 +274,8 @@ class CudaForward:
         for layer in self.graph.head:
             x = layer.forward(x, run)
         x = x.reshape(plan.images.shape)
-        batch.on_device = to_device(batch.labels)
+        with gpu_errors():
+            plan.kept.labels.copy_to_device(batch.labels)
         self._start_before(x)
         batch.kept = plan.kept
         if self.node is not self.last:
@@ -319,7 +320,7 @@ class CudaForward:
                 self.slots.forget()
             self._compute_logits()
             plan = self.batch.plan
-            self.slots.add(self.key, by_row(plan.kept.x), plan.logits, self.batch.on_device)
+            self.slots.add(self.key, by_row(plan.kept.x), plan.logits, plan.kept.labels)
             if self.comes_back:
                 self.batches[self.key] = self.batch
         self._follow_all()
@@ -334,7 +335,7 @@ class CudaForward:
         """Return the loss of the mini-batch when the last layer is searched."""
         self._compute_logits()
         plan = self.batch.plan
-        start_all([(loss_sums_kernel, plan.n_blocks, (plan.logits, self.batch.on_device, plan.sums))])
+        start_all([plan.add_losses(plan.kept)])
         self._follow_all()
         return to_host(plan.sums).sum() / plan.n_images
 

@@ -1,7 +1,6 @@
 """Values of the nodes of a `Graph` on the GPU, and the launches that make them.
 
-A *launch* here is a kernel, its number of CUDA blocks, and its arguments; or a function without arguments,
-where a layer does by itself what no epilogue can do.
+What a launch is stands in `cuda_launches.py`.
 """
 
 import math
@@ -9,10 +8,10 @@ import math
 import numpy as np
 
 from ..kernels import cuda
-from ..kernels.cuda.convolution import CHANNELS, CONV2D_KERNELS, PIXELS
+from ..kernels.cuda.convolution import conv2d_launch
 from ..kernels.cuda.delta import merge_kernel, norm_kernel
 from ..kernels.cuda.dense import dense_kernel
-from ..kernels.cuda.device import LANES, ROWS, empty, gpu_errors, launch_blocks, to_device
+from ..kernels.cuda.device import LANES, ROWS, empty, gpu_errors, to_device
 from ..kernels.cuda.fusion import add_epilogue_kernel, add_to_channel_kernel, epilogue_kernel
 from ..kernels.cuda.layout import by_channel, by_line, by_row
 from ..kernels.cuda.norms import statistics_kernel
@@ -22,14 +21,9 @@ from ..passes import Pass
 NO_CHANNEL = -1
 
 
-def start_all(launches):
-    """Start launches one after the other; wait for none."""
-    for launch in launches:
-        if callable(launch):
-            launch()
-        else:
-            kernel, n_blocks, arguments = launch
-            launch_blocks(kernel, n_blocks, *arguments)
+def n_lines(y):
+    """Return the number of lines of pixels of y (n_blocks, C, h, w, LANES), the tasks of an epilogue."""
+    return y.shape[0] * y.shape[1] * y.shape[2]
 
 
 class DeviceLinear:
@@ -71,12 +65,11 @@ class DeviceLinear:
         part = part or (0 if start is None else len(start), 0, 0, self.n_in)
         weight = self.merged if self.step == 2 else self.weight
         weight, bias = weight if filters is None else filters, self.bias if bias is None else bias
-        x, y, start = self.view(x), self.view(y), self.view(y if start is None else start)
+        start = y if start is None else start
+        arguments = self.view(x), weight, bias, self.view(start), part, self.view(y)
         if self.is_dense:
-            return dense_kernel, y.shape[0] * y.shape[1], (x, weight, bias, start, part, y)
-        tiles = -(-y.shape[1] // CHANNELS) * y.shape[2] * -(-y.shape[3] // (PIXELS * LANES))
-        kernel = CONV2D_KERNELS[weight.shape[2], self.step]
-        return kernel, -(-y.shape[0] * tiles // ROWS), (x, weight, bias, start, part, y)
+            return dense_kernel, y.shape[0] * y.shape[1], arguments
+        return *conv2d_launch(weight.shape[2], self.step, y), arguments
 
 
 def merging(weight, merged):
@@ -175,20 +168,18 @@ class DeviceValues:
                 is_only_use = len(edge.source.outputs) == 1 and edge.source.index > 0
                 if not is_only_use or edge.pool != NO_POOL:
                     y = self.maps(edge.shape)
-                launches = [(epilogue_kernel, -(-y.size // (LANES * ROWS)), (*self._epilogue(edge), y))]
+                launches = [(epilogue_kernel, -(-n_lines(y) // ROWS), (*self._epilogue(edge), y))]
             self._along[edge] = y, launches
         return self._along[edge]
 
     def add(self, edge, y, start=None, but=NO_CHANNEL):
         """Return the launch of y = start + what an edge gives, which is left out in channel `but`."""
         n_start, start = (0, y) if start is None else (len(start), start)
-        return add_epilogue_kernel, -(-y.size // (LANES * ROWS)), (
-            *self._epilogue(edge), but, start, n_start, y)
+        return add_epilogue_kernel, -(-n_lines(y) // ROWS), (*self._epilogue(edge), but, start, n_start, y)
 
     def add_to_channel(self, edge, k, y):
         """Return the launch that adds candidates for a channel, which an edge gives, to candidates y."""
-        n = y.size // y.shape[1]
-        return add_to_channel_kernel, -(-n // (LANES * ROWS)), (*self._epilogue(edge), k, y)
+        return add_to_channel_kernel, -(-n_lines(y) // (y.shape[1] * ROWS)), (*self._epilogue(edge), k, y)
 
     def compute(self, node, edges, start=None):
         """Return the launches that make the value of a node of what `edges` give.

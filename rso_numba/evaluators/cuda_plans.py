@@ -1,8 +1,4 @@
-"""What `cuda.py` sends to the GPU in each trial, prepared once for mini-batches of a size.
-
-(A CUDA graph would start all launches of a trial at once; but numba-cuda offers none, and weight and step of
-a trial are arguments of its launches.)
-"""
+"""What `cuda.py` sends to the GPU in each trial, prepared once for mini-batches of a size."""
 
 import math
 from dataclasses import dataclass
@@ -12,6 +8,8 @@ import numpy as np
 from ..kernels.cuda.delta import N_CANDIDATES, copy_channel_kernel, replace_channel_kernel
 from ..kernels.cuda.device import LANES, ROWS, empty, gpu_errors, to_device
 from ..kernels.cuda.layout import by_line, by_row
+from ..kernels.cuda.softmax import loss_sums_kernel
+from .cuda_launches import Launches
 from .cuda_nodes import NO_CHANNEL, DeviceValues, merging
 
 
@@ -29,23 +27,25 @@ class Kept:
     bases : dict
         The base of a node of which all channels change, without channel k of such nodes; and the logits as
         they are, if one of them changes.
+    labels : array (n_images,)
     """
 
     x: object
     channels: dict
     bases: dict
+    labels: object
 
     @property
     def n_bytes(self):
-        """Bytes of all arrays."""
+        """Bytes of all arrays but the labels."""
         arrays = [*self.channels.values(), *self.bases.values()] + ([] if self.x is None else [self.x])
         return 4 * sum(array.size for array in arrays)
 
     def own(self):
-        """Return a `Kept` with arrays of its own; the input is copied, all else is still to be computed."""
+        """Return a `Kept` with arrays of its own; input and labels are copied, all else is to be computed."""
         channels, bases = ({node: empty(array.shape, np.float32) for node, array in arrays.items()}
                            for arrays in (self.channels, self.bases))
-        return Kept(None if self.x is None else copied(self.x), channels, bases)
+        return Kept(None if self.x is None else copied(self.x), channels, bases, copied(self.labels))
 
 
 class LaunchPlan:
@@ -97,7 +97,8 @@ class LaunchPlan:
             x, launches = self.as_is.along(node.input)
             self.before += launches
         self.norms_before = list(self.as_is.statistics)
-        self.kept, self._built_for, self._built = Kept(x, {}, {}), NO_CHANNEL, None
+        self.kept, self._built_for, self._built = (
+            Kept(x, {}, {}, empty(n_images, np.int64)), NO_CHANNEL, None)
         if node is kinds.last:
             self.logits, self.sums = by_row(self.as_is.z[node]), empty(self.n_blocks, np.float64)
         else:
@@ -164,14 +165,14 @@ class LaunchPlan:
         return [edge for edge in edges if edge.source not in self.kinds.one]
 
     def launches(self, k, kept):
-        """Return the launches that compute what is kept for channel k, and those of a trial.
+        """Return the launches that compute what is kept for channel k, and those of a trial, as `Launches`.
 
-        The latter lead from the filters of the candidates to the losses of images.
+        The latter lead from the filters of the candidates to the sums of losses.
         """
         if kept is not self.kept:
-            return self._bases(k, kept), self._trial(k, kept)
+            return self._bases(k, kept), Launches(self._trial(k, kept))
         if self._built_for != k:
-            self._built_for, self._built = k, (self._bases(k, kept), self._trial(k, kept))
+            self._built_for, self._built = k, (self._bases(k, kept), Launches(self._trial(k, kept)))
         return self._built
 
     # ---- what is kept ----
@@ -253,7 +254,11 @@ class LaunchPlan:
             candidates, logits = by_row(self.as_channels.z[kinds.last]), self.logits
             launches.append((replace_channel_kernel, -(-logits.size // (LANES * ROWS)),
                              (by_row(kept.bases[kinds.last]), k, candidates, logits)))
-        return launches
+        return [*launches, self.add_losses(kept)]
+
+    def add_losses(self, kept):
+        """Return the launch that adds up the losses of the images, from the logits and labels on."""
+        return loss_sums_kernel, len(self.logits), (self.logits, kept.labels, self.sums)
 
     def _candidates_as_channels(self, node, kept):
         """Return the launches for a node of which one channel changes."""

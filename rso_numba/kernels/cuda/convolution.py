@@ -1,9 +1,9 @@
 """The convolution: nearly all the time of a network is spent here.
 
-A thread computes a *tile* of outputs of its image, CHANNELS x PIXELS sums in registers: then every pixel and
-every weight that it reads serves several multiplications. All lanes of a warp need the same weight at the
-same time, which is read once for all of them. The loops over a tile have constant bounds: the compiler
-unrolls them, and only then can the sums live in registers.
+A thread computes a *tile* of outputs of its image, several channels x several neighbours in a row, as sums
+in registers: then every pixel and every weight that it reads serves several multiplications. All threads of
+a CUDA block work on the same channels, whose filters they share. The loops over a tile have constant bounds:
+the compiler unrolls them, and only then can the sums live in registers.
 
 The forward kernels of convolution and dense layer can add up a part of the input channels only, on top of
 what others contributed before. `part` = (n_start, x_first, first, n) says which: n channels, from x_first on
@@ -15,13 +15,12 @@ follow each other.
 import numpy as np
 from numba import cuda
 
-from .device import LANES, ROWS, THREADS, block_sum, empty, launch, launch_blocks, to_device, to_host
+from .device import LANES, ROWS, THREADS, block_sum, empty, launch_blocks, to_device, to_host, unsigned
 from .layout import add_blocks, by_line
 from .norms import channel_totals
 
 ZERO = np.float32(0)
-
-CHANNELS, PIXELS = 4, 8  # of a tile: output channels, and neighbours in a row
+SHARED = 32  # input channels whose filters are in shared memory at a time
 
 
 def conv2d_forward(x, weight, bias):
@@ -38,63 +37,98 @@ def conv2d_strided(x, weight, bias, stride):
     # -> (n_blocks, C_out, H // stride, W // stride, LANES)
     n_blocks, _, height, width, _ = x.shape
     y = empty((n_blocks, len(weight), height // stride, width // stride, LANES), x.dtype)
-    tiles = -(-len(weight) // CHANNELS) * y.shape[2] * -(-y.shape[3] // PIXELS)
-    launch(CONV2D_KERNELS[weight.shape[2], stride], n_blocks * tiles,
-           by_line(x), to_device(weight), to_device(bias), by_line(y), (0, 0, 0, x.shape[1]), by_line(y))
+    kernel, n = conv2d_launch(weight.shape[2], stride, y)
+    launch_blocks(kernel, n, by_line(x), to_device(weight), to_device(bias), by_line(y),
+                  (0, 0, 0, x.shape[1]), by_line(y))
     return y
 
 
-def _conv2d_kernel(size, stride):
+def conv2d_launch(size, stride, y):
+    """Return the kernel that computes y (n_blocks, C, h, w, LANES), and its number of CUDA blocks."""
+    n_blocks, n_channels, height, width, _ = y.shape
+
+    def cost(tile):  # outputs that are computed, at the margins in vain; of two alike, the larger tile
+        channels, pixels = tile
+        return -(-n_channels // channels) * -(-width // pixels) * channels * pixels, -channels * pixels
+
+    channels, pixels = min(TILES[stride], key=cost)
+    n_tiles = n_blocks * height * -(-width // pixels)
+    return CONV2D_KERNELS[size, stride, channels, pixels], -(-n_tiles // ROWS) * -(-n_channels // channels)
+
+
+def _conv2d_kernel(size, stride, channels, pixels):
     margin = (size - 1) // 2  # zeros around x
-    window = stride * (PIXELS - 1) + size  # columns of x under a tile
+    window = stride * (pixels - 1) + size  # columns of x under a tile
+    area = size * size
+    n_taps = SHARED * area
 
     @cuda.jit
     def conv2d_kernel(x, weight, bias, start, part, y):
         # x (n_blocks, C_in, H, W * LANES), weight (C_out, C_in, size, size), bias (C_out,)
         # start, y (n_blocks, C_out, H // stride, W // stride * LANES); y may be the start
-        # A task is a tile of LANES images; the tiles of neighbouring tasks need the same pixels.
-        lane, first = cuda.grid(2)
+        # A CUDA block takes one tile of channels, and each of its rows one tile of pixels of LANES images.
+        lane, row = cuda.threadIdx.x, cuda.threadIdx.y
         n_channels, height_out, width_out = y.shape[1], y.shape[2], y.shape[3] // LANES
-        n_over = (n_channels + CHANNELS - 1) // CHANNELS
-        n_beside = (width_out + PIXELS - 1) // PIXELS
-        sums = cuda.local.array((CHANNELS, PIXELS), x.dtype)
+        n_over = (n_channels + channels - 1) // channels
+        n_beside = (width_out + pixels - 1) // pixels
+        n_tiles = y.shape[0] * height_out * n_beside
+        sums = cuda.local.array((channels, pixels), x.dtype)
         line = cuda.local.array(window, x.dtype)
+        filters = cuda.shared.array((n_taps, channels), x.dtype)
         n_start, x_first, weight_first, n_in = part
-        for task in range(first, y.shape[0] * height_out * n_beside * n_over, cuda.gridsize(2)[1]):
-            o, rest = task % n_over * CHANNELS, task // n_over
-            w, rest = rest % n_beside * PIXELS, rest // n_beside
+        for task in range(cuda.blockIdx.y, (n_tiles + ROWS - 1) // ROWS * n_over, cuda.gridDim.y):
+            o, tile = task % n_over * channels, task // n_over * ROWS + row
+            w, rest = tile % n_beside * pixels, tile // n_beside
             h, b = rest % height_out, rest // height_out
             b_x, c_x = b % x.shape[0], x_first + b // x.shape[0] * n_in
-            for j in range(CHANNELS):
-                k = min(o + j, n_channels - 1)
-                for p in range(PIXELS):
-                    if n_start > 0 and w + p < width_out:
-                        sums[j, p] = start[b % n_start, k, h, (w + p) * LANES + lane]
-                    else:
-                        sums[j, p] = bias[k]
-            for i in range(n_in):
-                for kh in range(size):
-                    row = stride * h + kh - margin
-                    if 0 <= row < x.shape[2]:
-                        for q in range(window):
-                            # a column outside the map is a place outside the line
-                            place = (stride * w - margin + q) * LANES + lane
-                            line[q] = x[b_x, c_x + i, row, place] if 0 <= place < x.shape[3] else ZERO
-                        for j in range(CHANNELS):
-                            for kw in range(size):
-                                factor = weight[min(o + j, n_channels - 1), weight_first + i, kh, kw]
-                                for p in range(PIXELS):
-                                    sums[j, p] += factor * line[stride * p + kw]
-            for j in range(CHANNELS):
-                for p in range(PIXELS):
-                    if o + j < n_channels and w + p < width_out:
-                        y[b, o + j, h, (w + p) * LANES + lane] = sums[j, p]
+            if tile < n_tiles:
+                b_start = b % n_start if n_start > 0 else 0
+                for j in range(channels):
+                    k = min(o + j, n_channels - 1)
+                    start_line = start[b_start, k, h]
+                    for p in range(pixels):
+                        is_start = n_start > 0 and w + p < width_out
+                        sums[j, p] = start_line[unsigned((w + p) * LANES + lane)] if is_start else bias[k]
+            for first in range(0, n_in, SHARED):
+                n_shared = min(SHARED, n_in - first)
+                cuda.syncthreads()  # nobody reads the former filters any more
+                for tap in range(row * LANES + lane, n_shared * area, THREADS):
+                    i, kh, kw = weight_first + first + tap // area, tap % area // size, tap % size
+                    for j in range(channels):
+                        filters[tap, j] = weight[min(o + j, n_channels - 1), i, kh, kw]
+                cuda.syncthreads()
+                if tile >= n_tiles:
+                    continue
+                for i in range(n_shared):
+                    for kh in range(size):
+                        row_x = stride * h + kh - margin
+                        if 0 <= row_x < x.shape[2]:
+                            x_line = x[unsigned(b_x), unsigned(c_x + first + i), unsigned(row_x)]
+                            for q in range(window):
+                                # a column outside the map is a place outside the line
+                                place = (stride * w - margin + q) * LANES + lane
+                                line[q] = x_line[unsigned(place)] if 0 <= place < x.shape[3] else ZERO
+                            tap = unsigned(i * area + kh * size)
+                            for j in range(channels):
+                                for kw in range(size):
+                                    factor = filters[tap + unsigned(kw), j]
+                                    for p in range(pixels):
+                                        sums[j, p] += factor * line[stride * p + kw]
+            if tile < n_tiles:
+                for j in range(channels):
+                    y_line = y[b, min(o + j, n_channels - 1), h]
+                    for p in range(pixels):
+                        if o + j < n_channels and w + p < width_out:
+                            y_line[unsigned((w + p) * LANES + lane)] = sums[j, p]
 
     return conv2d_kernel
 
 
-# by filter size and stride; with stride 2, a 3x3 or 1x1 filter merged with the 2x2 average pool after it
-CONV2D_KERNELS = {key: _conv2d_kernel(*key) for key in ((3, 1), (1, 1), (4, 2), (2, 2))}
+# channels x pixels, by stride; with larger ones, fewer threads have room for their sums
+TILES = {1: ((4, 7), (4, 8), (8, 7), (8, 8)), 2: ((4, 7), (4, 8), (8, 7))}
+# by filter size, stride and tile; with stride 2, a 3x3 or 1x1 filter merged with the 2x2 average pool behind
+CONV2D_KERNELS = {(size, stride, *tile): _conv2d_kernel(size, stride, *tile)
+                  for size, stride in ((3, 1), (1, 1), (4, 2), (2, 2)) for tile in TILES[stride]}
 
 
 def conv2d_backward(x, weight, dy, wants_dx=True):

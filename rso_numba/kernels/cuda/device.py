@@ -20,6 +20,10 @@ from .. import GpuError
 LANES, ROWS, MOST_BLOCKS = (4, 2, 2) if config.ENABLE_CUDASIM else (32, 4, 65535)
 THREADS = LANES * ROWS  # a power of two, see block_sum
 
+# An index that could be negative takes more instructions, as it would count from the end. Where kernels spend
+# their time, this says that it is none.
+unsigned = np.uint64
+
 warnings.filterwarnings("ignore", ".*Grid size")  # a small batch is a small grid: Numba warns at each launch
 
 # what the driver's complaints are called; the modules that hold them differ between releases of numba-cuda
@@ -31,10 +35,10 @@ def launch(kernel, n_tasks, *arguments):
     launch_blocks(kernel, -(-n_tasks // ROWS), *arguments)
 
 
-def launch_blocks(kernel, n_tasks, *arguments, rows=ROWS):
+def launch_blocks(kernel, n_tasks, *arguments, rows=ROWS, stream=0):
     """Start `kernel`, whose CUDA blocks share `n_tasks` tasks; do not wait for it."""
     with gpu_errors():
-        kernel[(1, max(1, min(n_tasks, MOST_BLOCKS))), (LANES, rows)](*arguments)
+        kernel[(1, max(1, min(n_tasks, MOST_BLOCKS))), (LANES, rows), stream](*arguments)
 
 
 @cuda.jit(device=True)
