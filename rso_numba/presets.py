@@ -64,6 +64,10 @@ class Preset:
     hold : {"weight", "filter"}
         How long a mini-batch is used: for one trial, or as long as the visits stay in one output
         channel, which saves computing the unchanged loss. Needs `unit="weight"`.
+    choose : {"smallest", "vertex"}
+        What a weight becomes: that of w, w + Delta, w - Delta with the smallest loss; or w plus half of the
+        step (at most 2 Delta) to the vertex of the parabola through the three losses, and where it has no
+        lowest point, the same. (The vertex is not of the paper.)
     """
 
     scaling: str = "standardize"
@@ -80,6 +84,7 @@ class Preset:
     step: str = "gaussian"
     unit: str = "weight"
     hold: str = "weight"
+    choose: str = "smallest"
 
     @property
     def decay(self):
@@ -123,6 +128,7 @@ ALLOWED_VALUES = {
     "step": ("gaussian", "uniform", "fixed"),
     "unit": ("weight", "filter", "layer", "network"),
     "hold": ("weight", "filter"),
+    "choose": ("smallest", "vertex"),
 }
 
 

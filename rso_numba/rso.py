@@ -37,7 +37,8 @@ from .trial_log import TrialLog
 from .visits import annealing_factor, draw_step, layers_of_round, sigmas, visits
 
 CALIBRATION_IMAGES = 2000  # the authors' fixed statistics
-CHOICES = ("keep", "plus", "minus")
+CHOICES = ("keep", "plus", "minus", "vertex")
+VERTEX = CHOICES.index("vertex")
 
 
 def algorithm_1(network, data, evaluator, settings, rounds, batch_size, rng, visits=visits, cursor=None):
@@ -76,9 +77,12 @@ def algorithm_1(network, data, evaluator, settings, rounds, batch_size, rng, vis
                 candidates = w, w + delta, w - delta
                 losses = evaluator.losses(parameter, index, candidates).tolist()  # 7
                 best = smallest(losses)
-                evaluator.keep(parameter, index, candidates[best])  # 8
+                after = candidates[best]
+                if settings.choose == "vertex" and formulas.has_vertex(*losses):  # not of Algorithm 1
+                    best, after = VERTEX, w + np.float32(formulas.vertex(*losses)) * delta
+                evaluator.keep(parameter, index, after)  # 8
                 yield Trial(c, parameter.layer, parameter.name, index, delta, tuple(losses),
-                            CHOICES[best], before, candidates[best])
+                            CHOICES[best], before, after)
 
 
 def smallest(losses):
@@ -103,8 +107,9 @@ class Trial:
         The step that was drawn, Delta.
     losses : tuple of float
         Mean cross-entropy for (w, w + Delta, w - Delta).
-    choice : {"keep", "plus", "minus"}
-        The smallest of the three; the earliest in this order on a tie.
+    choice : {"keep", "plus", "minus", "vertex"}
+        The smallest of the three; the earliest in this order on a tie. "vertex" is none of the three: see
+        `Preset.choose`.
     before, after : float
         The weight before the visit (and before weight decay) and after it.
     """
@@ -167,7 +172,7 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
         The one source of all random numbers. 0 is a seed like any other.
     **overrides
         Fields of `Preset`: sigma, annealing, weight_decay, batches, order, trained,
-        test_statistics, step, unit, hold.
+        test_statistics, search_statistics, step, unit, hold, choose.
 
     Returns
     -------
@@ -206,7 +211,7 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
                      rng=rng, visits=visits, cursor=cursor)
     # a GPU takes from this loop what is drawn, and decides many trials at once: see `evaluators`
     decides = hasattr(evaluator, "decide")
-    return checked(evaluator.decide(search, settings.decay) if decides else search(evaluator), network)
+    return checked(evaluator.decide(search, settings) if decides else search(evaluator), network)
 
 
 def checked(stream, network):

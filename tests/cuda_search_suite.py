@@ -354,6 +354,21 @@ def test_benchmark(monkeypatch):
         assert 0 < row.detail["arithmetic_floor"] < 1e-6 and 0 < row.detail["memory_floor"] < 1e-6
 
 
+@pytest.mark.parametrize("order", ["last_first", "first_last"])
+def test_the_vertex_is_chosen_as_on_the_host(order):
+    _, stream = _search("two_conv", "authors", order=order, trained=("weight",), choose="vertex")
+    choices = set()
+    for trial in islice(stream, 20):
+        w = np.float32(trial.before * np.float32(1 - 1e-4))
+        best = rso.smallest(trial.losses)
+        after = (w, w + trial.delta, w - trial.delta)[best]
+        if formulas.has_vertex(*trial.losses):
+            best, after = rso.VERTEX, w + np.float32(formulas.vertex(*trial.losses)) * trial.delta
+        assert (trial.choice, trial.after) == (rso.CHOICES[best], after)
+        choices.add(trial.choice)
+    assert "vertex" in choices
+
+
 def test_the_smallest_of_three_losses():
     values = (0.5, 1.0, np.nan, np.inf, -np.inf)
     for losses in product(values, repeat=3):

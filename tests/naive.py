@@ -187,6 +187,15 @@ def rso_trial_losses(loss_of, w, delta):
     return [float(loss_of(w)), float(loss_of(w + delta)), float(loss_of(w - delta))]
 
 
+def vertex(delta, losses):
+    """Half of the step to the lowest point of the parabola through the losses at 0, delta, -delta.
+
+    At most 2 delta; None if the parabola has no lowest point.
+    """
+    a, b, _ = np.polyfit([0, delta, -delta], losses, 2)
+    return np.clip(-b / (2 * a) / 2, -2 * abs(delta), 2 * abs(delta)) if a > 0 else None
+
+
 def choose(losses):
     """Index of the smallest finite loss, the first on ties, 0 if none is finite: (n,) -> int."""
     best = None

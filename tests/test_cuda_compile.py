@@ -75,7 +75,7 @@ SIGNATURES = {
     "cross_entropy_gradient_kernel": [*LOSS, _array(3)],
     "candidates_kernel": [int64, _array(1), int64, int64, float32, float32, int64, _array(1, int64),
                           _array(2), _array(2), RECORDS],
-    "decide_kernel": [int64, _array(1), int64, float32, float32, _array(1, float64), int64, RECORDS],
+    "decide_kernel": [int64, _array(1), int64, float32, float32, int64, _array(1, float64), int64, RECORDS],
     "merge_kernel": [_array(4), _array(4)],
     "norm_kernel": [_array(3, float64), int64, int64, _array(1), _array(1), float32, _array(3), _array(2),
                     _array(2)],
@@ -89,7 +89,7 @@ SIGNATURES = {
     "slot_kernel": [_array(3), _array(3), _array(1, int64), int64, _array(3), _array(3), _array(2, int32),
                     _array(1, int64), _array(1, int64)],
     "last_layer_kernel": [
-        _array(2, int64), _array(1), float32, _array(3), _array(3), _array(2, int32),
+        _array(2, int64), _array(1), float32, int64, _array(3), _array(3), _array(2, int32),
         _array(1, int64), _array(2, int64), _array(1), _array(1, int64), _array(1), RECORDS],
 }
 # these add or decide in float64

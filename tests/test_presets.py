@@ -2,6 +2,7 @@
 
 from itertools import islice
 
+import naive
 import numpy as np
 import pytest
 
@@ -270,6 +271,35 @@ def test_a_tie_keeps_the_weight(small):
         assert trial.layer == "conv1"
         assert len(set(trial.losses)) == 1
         assert trial.choice == "keep"
+
+
+@pytest.mark.parametrize("unit", ["weight", "filter"])
+def test_the_vertex_of_the_parabola(small, unit):
+    network = build("one_conv", (1, 8, 8), rng=0)
+    trials = list(rso.trials(network, small, 1, 20, "notebook", choose="vertex", unit=unit, weight_decay=1e-3,
+                             rng=0, backend="numpy"))
+    n_vertices = 0
+    for trial in trials:
+        w = trial.before * np.float32(1 - 1e-3)
+        keep, plus, minus = trial.losses
+        if plus + minus - 2 * keep > 1e-6:  # else rounding decides
+            step = naive.vertex(1, trial.losses)
+            np.testing.assert_allclose(trial.after, w + step * trial.delta, rtol=1e-4, atol=1e-5)
+            assert trial.choice == "vertex" and trial.accepted
+            n_vertices += 1
+        elif plus + minus - 2 * keep <= 0:
+            assert trial.choice == rso.CHOICES[naive.choose(trial.losses)]
+    assert n_vertices > (100 if unit == "weight" else 5)
+
+
+def test_the_vertex_is_better_than_three_candidates(digits):
+    """On the digits, with the same images: in the first round by far."""
+    accuracies = []
+    for choose in ("smallest", "vertex"):
+        network = build("one_conv", digits.image_shape, rng=0)
+        history = rso.train(network, digits, 1, 256, choose=choose, rng=0)
+        accuracies.append(history.rounds[-1].test_accuracy)
+    assert accuracies[1] > accuracies[0] + 0.05
 
 
 def test_losses_use_the_statistics_of_the_mini_batch(small):

@@ -141,7 +141,7 @@ class CudaForward:
 
     # ---- the search ----
 
-    def decide(self, search, decay):
+    def decide(self, search, settings):
         """Decide the trials of a search on the GPU, in groups.
 
         Parameters
@@ -149,20 +149,21 @@ class CudaForward:
         search : function
             Of an evaluator; returns an iterator of `Trial`. It runs with a `Recorder`: up to a group of
             trials is taken from it before the first of them is decided.
-        decay : float32
-            What each weight is multiplied with before its visit.
+        settings : Preset
+            Of the search: weight decay, and what is chosen of three losses.
 
         Yields
         ------
         Trial
             As they are yielded, the weights are written into the network.
         """
+        how = settings.decay, int(settings.choose == "vertex")
         group, where, deltas = [], np.empty((GROUP, WHERE), np.int64), np.empty(GROUP, np.float32)
         for trial, parameter, batch in recorded(search):
             if batch is not None:
                 self.set_batch(*batch)
             if group and self._ends(group, trial, parameter):
-                yield from self._read(group, where, deltas, decay)
+                yield from self._read(group, where, deltas, how)
                 group = []
             n, position = len(group), self._begin(parameter, trial.index, is_first=not group)
             if self.slots:
@@ -171,10 +172,10 @@ class CudaForward:
                 where[n] = position, k, j, self._slot(), len(self.batch.labels)
                 deltas[n] = trial.delta
             else:
-                self._trial(n, position, trial.delta, decay)
+                self._trial(n, position, trial.delta, *how)
             group.append((trial, parameter))
         if group:
-            yield from self._read(group, where, deltas, decay)
+            yield from self._read(group, where, deltas, how)
 
     def _ends(self, group, trial, parameter):
         """Return whether a group has to be read before `trial`."""
@@ -182,11 +183,11 @@ class CudaForward:
         return (len(group) == GROUP or trial.round != last.round or parameter is not last_parameter
                 or bool(self.slots and not self.slots.has_room(self.key, self._n_blocks())))
 
-    def _read(self, group, where, deltas, decay):
+    def _read(self, group, where, deltas, how):
         """Yield what the trials of a group have come to."""
         n = len(group)
         if self.slots:
-            self.slots.decide(where[:n], deltas[:n], decay, self.weights, self.records)
+            self.slots.decide(where[:n], deltas[:n], *how, self.weights, self.records)
             if not self.comes_back:
                 self.slots.forget()
         records = to_host(self.records)[:n]
@@ -245,7 +246,7 @@ class CudaForward:
 
     # ---- what a trial needs ----
 
-    def _trial(self, trial, position, delta, decay):
+    def _trial(self, trial, position, delta, decay, wants_vertex=0):
         """Start all that decides a trial of a weight that is not in the last layer."""
         batch = self.batch
         if batch.era != self.era:
@@ -258,8 +259,8 @@ class CudaForward:
         ])
         batch.trial.start()
         start_all([
-            (decide_kernel, 1, (trial, self.weights, position, delta, decay, plan.sums, plan.n_images,
-                                self.records)),
+            (decide_kernel, 1, (trial, self.weights, position, delta, decay, wants_vertex, plan.sums,
+                                plan.n_images, self.records)),
         ])
         self._follow_all()
 

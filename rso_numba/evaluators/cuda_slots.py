@@ -66,8 +66,8 @@ class Slots:
                 new[: len(old)].copy_to_device(old)
         self.n_slots, self.width = n_slots, width
 
-    def decide(self, where, deltas, decay, weights, records):
+    def decide(self, where, deltas, decay, wants_vertex, weights, records):
         """Decide trials, one after the other: NumPy arrays `where` (n, WHERE) and deltas (n,)."""
         self.n_logged += len(where)
-        launch_blocks(last_layer_kernel, 1, to_device(where), to_device(deltas), decay,
+        launch_blocks(last_layer_kernel, 1, to_device(where), to_device(deltas), decay, wants_vertex,
                       *self.arrays, self.log, self.amounts, self.length, weights, records, rows=MANY_ROWS)

@@ -87,6 +87,21 @@ def smallest_of_three(keep, plus, minus):
     return best
 
 
+def has_vertex(keep, plus, minus):
+    """Return whether the parabola through the losses of w, w + Delta, w - Delta has a lowest point."""
+    return 0 < plus + minus - 2 * keep < math.inf
+
+
+def vertex(keep, plus, minus):
+    """Return where that point is: the step from w to it as a multiple of Delta, damped and at most 2.
+
+    With the slope g = (plus - minus) / 2 and the curvature h = plus + minus - 2 keep, in units of Delta,
+    Newton's step is -g / h. Half of it is taken: the loss is that of a mini-batch.
+    """
+    step = -(plus - minus) / (4 * (plus + minus - 2 * keep))
+    return min(max(step, -2), 2)
+
+
 def cross_entropy_gradient(logit, largest, total, target, n_images):
     """Return d(mean cross-entropy)/d(logit); target is 1 for the label's logit and 0 for the others."""
     return (math.exp(logit - largest) / total - target) / n_images

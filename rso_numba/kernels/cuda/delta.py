@@ -17,7 +17,11 @@ ZERO = np.float32(0)
 LOSSES, CHOICE, BEFORE, AFTER, RECORD = 0, 3, 4, 5, 6  # columns of a trial's record, and their number
 N_CANDIDATES = 3
 
+VERTEX = 3  # a choice beside the three candidates
+
 smallest_of_three = cuda.jit(device=True)(formulas.smallest_of_three)
+has_vertex = cuda.jit(device=True)(formulas.has_vertex)
+vertex = cuda.jit(device=True)(formulas.vertex)
 
 
 @cuda.jit(device=True)
@@ -28,6 +32,17 @@ def candidate(v, before, decay, delta):
     if v == 0:
         return w
     return w + delta if v == 1 else w - delta
+
+
+@cuda.jit(device=True)
+def decision(keep, plus, minus, wants_vertex, before, decay, delta):
+    """Return what is chosen, as `rso.algorithm_1` does, and the weight after it."""
+    if wants_vertex and has_vertex(keep, plus, minus):
+        step = np.float32(vertex(keep, plus, minus))
+        # the product in float64, as in `candidate`
+        return VERTEX, candidate(0, before, decay, delta) + np.float32(np.float64(step) * np.float64(delta))
+    best = smallest_of_three(keep, plus, minus)
+    return best, candidate(best, before, decay, delta)
 
 
 @cuda.jit
@@ -56,9 +71,9 @@ def candidates_kernel(trial, weights, position, k, delta, decay, filter_first, o
 
 
 @cuda.jit
-def decide_kernel(trial, weights, position, delta, decay, sums, n_images, records):
+def decide_kernel(trial, weights, position, delta, decay, wants_vertex, sums, n_images, records):
     # sums (3 * n_blocks,) of losses, float64; weights (n_weights,), records (n_trials, RECORD)
-    # One CUDA block: the sums are added in a fixed order, the smallest wins.
+    # One CUDA block: the sums are added in a fixed order.
     thread = cuda.threadIdx.y * LANES + cuda.threadIdx.x
     parts = cuda.shared.array(THREADS, np.float64)
     n_blocks = sums.size // N_CANDIDATES
@@ -70,8 +85,8 @@ def decide_kernel(trial, weights, position, delta, decay, sums, n_images, record
         if thread == 0:
             records[trial, LOSSES + v] = total / n_images
     if thread == 0:
-        best = smallest_of_three(records[trial, 0], records[trial, 1], records[trial, 2])
-        after = candidate(best, weights[position], decay, delta)
+        best, after = decision(records[trial, 0], records[trial, 1], records[trial, 2], wants_vertex,
+                               weights[position], decay, delta)
         weights[position] = after
         records[trial, CHOICE], records[trial, AFTER] = best, after
 

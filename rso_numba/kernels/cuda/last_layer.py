@@ -9,7 +9,7 @@ import numpy as np
 from numba import config, cuda
 
 from .. import formulas
-from .delta import AFTER, BEFORE, CHOICE, LOSSES, candidate, smallest_of_three
+from .delta import AFTER, BEFORE, CHOICE, LOSSES, candidate, decision
 from .device import LANES, block_sum
 from .softmax import exp_difference, maximum
 
@@ -81,8 +81,8 @@ def replay(z, a, n, log, log_amounts, missed, length):
 
 
 @cuda.jit
-def last_layer_kernel(where, deltas, decay, features, logits, slot_labels, applied, log, log_amounts,
-                      log_length, weights, records):
+def last_layer_kernel(where, deltas, decay, wants_vertex, features, logits, slot_labels, applied, log,
+                      log_amounts, log_length, weights, records):
     # where (n_trials, WHERE), deltas (n_trials,); features, logits, slot_labels, applied as above
     # log (n, 2) of logit and feature, log_amounts (n,); weights (n_weights,); records (n_trials, RECORD)
     # One CUDA block of MANY_THREADS, every thread with images of its own.
@@ -111,8 +111,8 @@ def last_layer_kernel(where, deltas, decay, features, logits, slot_labels, appli
         loss_plus = block_sum(parts, loss_plus) / n_images
         loss_minus = block_sum(parts, loss_minus) / n_images
         if thread == 0:
-            best = smallest_of_three(loss_keep, loss_plus, loss_minus)
-            after = candidate(best, before, decay, deltas[trial])
+            best, after = decision(loss_keep, loss_plus, loss_minus, wants_vertex, before, decay,
+                                   deltas[trial])
             records[trial, LOSSES], records[trial, LOSSES + 1] = loss_keep, loss_plus
             records[trial, LOSSES + 2], records[trial, CHOICE] = loss_minus, best
             records[trial, BEFORE], records[trial, AFTER] = before, after
