@@ -1,0 +1,86 @@
+"""The tables of results in Markdown, and the pages that they stand on: README.md and tutorials/RESULTS.md.
+
+`python -m rso_numba.pages` writes them there anew from the CSV files in data/results.
+"""
+
+import re
+from pathlib import Path
+from statistics import fmean
+
+from . import markdown, results, tables
+from .files import written_beside
+
+TOP = Path(__file__).parents[1]
+PAGES = TOP / "README.md", TOP / "tutorials/RESULTS.md"
+
+
+def render(name, lines):
+    """Return the lines of a table of results in Markdown, the mean and the range of all seeds for each row.
+
+    Parameters
+    ----------
+    name : str
+        Of the table.
+    lines : list of dict
+        See `results.read`. Rows without a line are left out.
+
+    Returns
+    -------
+    str
+    """
+    cells = [["row", "rounds", "seeds", "test accuracy (min..max)", "published accuracy",
+              "best over rounds", "test loss", "published loss", "seconds", "published seconds",
+              "images forwarded", "weight visits", "weights changed"]]
+    for row in tables.TABLES[name]:
+        own = [line for line in lines if line["row"] == row.name]
+        for rounds in sorted({int(line["rounds"]) for line in own}):
+            cells.append(_cells(row, rounds, [line for line in own if line["rounds"] == str(rounds)]))
+    return markdown.table(cells, n_left=1)
+
+
+def _cells(row, rounds, lines):
+    def mean(column):
+        return fmean(float(line[column]) for line in lines)
+
+    accuracies = [float(line["final_test_accuracy"]) for line in lines]
+    made_for = lines[0]["schedule"]
+    return [row.name, str(rounds) if made_for == str(rounds) else f"{rounds} of {made_for}", str(len(lines)),
+            f"{fmean(accuracies):.4f} ({min(accuracies):.4f}..{max(accuracies):.4f})",
+            _published(row, rounds, "accuracy", ".4f"), f"{mean('best_test_accuracy'):.4f}",
+            f"{mean('test_loss'):.3f}", _published(row, rounds, "loss", ".3f"),
+            f"{mean('seconds'):,.1f}", _published(row, rounds, "seconds", ",.0f"),
+            *(f"{mean(column):,.0f}" for column in ("images_forwarded", "weights_visited", "accepted"))]
+
+
+def _published(row, rounds, figure, form):
+    """Return a published figure, with its rounds if they are others; "-" if there is none."""
+    for published in sorted(row.published, key=lambda published: published.rounds != rounds):
+        value = getattr(published, figure)
+        if value is not None:
+            after = "" if published.rounds == rounds else f" (round {published.rounds})"
+            return f"{value:{form}}{after}"
+    return "-"
+
+
+def with_tables(text, folder=TOP / "data/results"):
+    """Return the text of a page with its tables made anew.
+
+    Parameters
+    ----------
+    text : str
+        A table stands between two lines, `<!-- table NAME -->` and `<!-- end -->`.
+    folder : path
+        Of the CSV files.
+    """
+    def made(match):
+        table = render(match[1], results.read(Path(folder, f"{match[1]}.csv")))
+        return f"<!-- table {match[1]} -->\n{table}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        text = with_tables(page.read_text(encoding="utf-8"))
+        with written_beside(page) as beside:
+            beside.write_text(text, encoding="utf-8")
