@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from . import markdown, results, tables
+from .ablations import MODELS, SETTINGS
 from .files import written_beside
 
 TOP = Path(__file__).parents[1]
@@ -28,28 +29,28 @@ def render(name, lines):
     -------
     str
     """
+    return _ablations(lines) if name == "ablations" else _published_table(tables.TABLES[name], lines)
+
+
+def _published_table(rows, lines):
     cells = [["row", "rounds", "seeds", "test accuracy (min..max)", "published accuracy",
               "best over rounds", "test loss", "published loss", "seconds", "published seconds",
               "images forwarded", "weight visits", "weights changed"]]
-    for row in tables.TABLES[name]:
+    for row in rows:
         own = [line for line in lines if line["row"] == row.name]
         for rounds in sorted({int(line["rounds"]) for line in own}):
             cells.append(_cells(row, rounds, [line for line in own if line["rounds"] == str(rounds)]))
-    return markdown.table(cells, n_left=1)
+    return markdown.table(cells, left=(0,))
 
 
 def _cells(row, rounds, lines):
-    def mean(column):
-        return fmean(float(line[column]) for line in lines)
-
-    accuracies = [float(line["final_test_accuracy"]) for line in lines]
     made_for = lines[0]["schedule"]
     return [row.name, str(rounds) if made_for == str(rounds) else f"{rounds} of {made_for}", str(len(lines)),
-            f"{fmean(accuracies):.4f} ({min(accuracies):.4f}..{max(accuracies):.4f})",
-            _published(row, rounds, "accuracy", ".4f"), f"{mean('best_test_accuracy'):.4f}",
-            f"{mean('test_loss'):.3f}", _published(row, rounds, "loss", ".3f"),
-            f"{mean('seconds'):,.1f}", _published(row, rounds, "seconds", ",.0f"),
-            *(f"{mean(column):,.0f}" for column in ("images_forwarded", "weights_visited", "accepted"))]
+            _spread(lines), _published(row, rounds, "accuracy", ".4f"),
+            _mean(lines, "best_test_accuracy", ".4f"),
+            _mean(lines, "test_loss", ".3f"), _published(row, rounds, "loss", ".3f"),
+            _mean(lines, "seconds", ",.1f"), _published(row, rounds, "seconds", ",.0f"),
+            *(_mean(lines, name, ",.0f") for name in ("images_forwarded", "weights_visited", "accepted"))]
 
 
 def _published(row, rounds, figure, form):
@@ -60,6 +61,33 @@ def _published(row, rounds, figure, form):
             after = "" if published.rounds == rounds else f" (round {published.rounds})"
             return f"{value:{form}}{after}"
     return "-"
+
+
+def _ablations(lines):
+    """Return one line a setting, with all models side by side and what follows."""
+    cells = [["setting", *(f"{model}: {what}" for model in MODELS for what in
+                           ("test accuracy (min..max)", "best over rounds", "seconds")), "what follows"]]
+    for setting in SETTINGS:
+        own = {model: [line for line in lines if line["row"] == setting.row(model).name] for model in MODELS}
+        if any(own.values()):
+            cells.append([setting.name, *(cell for model in MODELS for cell in _measured(own[model])),
+                          setting.finding or "-"])
+    return markdown.table(cells, left=(0, len(cells[0]) - 1))
+
+
+def _measured(lines):
+    if not lines:
+        return ["-"] * 3
+    return [_spread(lines), _mean(lines, "best_test_accuracy", ".4f"), _mean(lines, "seconds", ",.1f")]
+
+
+def _spread(lines):
+    accuracies = [float(line["final_test_accuracy"]) for line in lines]
+    return f"{fmean(accuracies):.4f} ({min(accuracies):.4f}..{max(accuracies):.4f})"
+
+
+def _mean(lines, column, form):
+    return f"{fmean(float(line[column]) for line in lines):{form}}"
 
 
 def with_tables(text, folder=TOP / "data/results"):

@@ -9,10 +9,11 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from . import __version__, kernels, machine, tables
+from . import __version__, kernels, machine
 from .arguments import whole_number
 from .evaluators import MEMORY
 from .files import make_folder, written_beside
+from .rows import train
 
 SETTINGS = ("row", "model", "solver", "preset", "overrides", "batch_size", "schedule", "rounds", "seed")
 FIGURES = ("final_test_accuracy", "best_test_accuracy", "train_loss", "test_loss", "seconds",
@@ -26,7 +27,7 @@ def run(rows, path, data, seeds=3, *, rounds=None, backend="cpu", memory=MEMORY,
 
     Parameters
     ----------
-    rows : sequence of tables.Row
+    rows : sequence of Row
     path : str or path
         The CSV file, made if need be. Checkpoints of a training that was interrupted stand beside it, from
         which the same call goes on.
@@ -58,8 +59,8 @@ def run(rows, path, data, seeds=3, *, rounds=None, backend="cpu", memory=MEMORY,
                 continue
             name = re.sub(r"\W+", "-", row.name).strip("-")
             checkpoint = path.with_name(f"{path.stem}-{name}-{row.rounds}-{seed}.checkpoint.npz")
-            history = tables.train(row, data, seed, backend=backend, memory=memory, progress=progress,
-                                   checkpoint=checkpoint)
+            history = train(row, data, seed, backend=backend, memory=memory, progress=progress,
+                            checkpoint=checkpoint)
             line = measured(row, seed, history, origin(backend))
             add(path, line)
             for file in path.parent.glob(f"{checkpoint.stem}*.npz"):  # the one before it, too
@@ -83,7 +84,7 @@ def measured(row, seed, history, made_by):
 
     Parameters
     ----------
-    row : tables.Row
+    row : Row
     seed : int
     history : History
     made_by : dict

@@ -1,70 +1,10 @@
-"""The rows of the tables that `rso-numba table` makes, and how one of them is trained.
+"""The tables that `rso-numba table` makes: what was published, beside what is trained here.
 
-What was published stands beside what is to be measured here. `results.py` keeps what was measured.
+`results.py` keeps what was measured, `pages.py` renders it.
 """
 
-from dataclasses import dataclass, field
-
-from . import models, presets, rso, sgd, visits
-from .arguments import training_generator
-from .evaluators import MEMORY
-
-
-@dataclass(frozen=True)
-class Published:
-    """What a source reports of a row; None where it reports nothing.
-
-    Parameters
-    ----------
-    rounds : int
-        After so many.
-    accuracy, loss, seconds : float or None
-        On the test set of MNIST, on the machine of the source.
-    """
-
-    rounds: int
-    accuracy: float | None = None
-    loss: float | None = None
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """A training that is repeated with several seeds.
-
-    Parameters
-    ----------
-    name : str
-        In its table no other row has it.
-    model : str
-        See `models.build`.
-    batch_size : int
-    rounds : int
-        How many are trained: rounds of RSO, epochs of SGD.
-    preset : str
-        For SGD: input scaling and initial weights.
-    overrides : dict
-        Fields of `presets.Preset` for RSO; learning_rate and momentum for SGD.
-    solver : {"rso", "sgd"}
-    schedule : int or None
-        Rounds that the annealing is made for; None if they are those that are trained.
-    published : tuple of Published
-    """
-
-    name: str
-    model: str
-    batch_size: int
-    rounds: int
-    preset: str = "paper"
-    overrides: dict = field(default_factory=dict)
-    solver: str = "rso"
-    schedule: int | None = None
-    published: tuple = ()
-
-    @property
-    def settings(self):
-        """Settings of the search, a Preset; for SGD those that `models.build` reads."""
-        return presets.resolve(self.preset, **self.overrides if self.solver == "rso" else {})
+from .ablations import ABLATIONS
+from .rows import Published, Row
 
 
 def _notebook(model, batch_size, published):
@@ -93,7 +33,22 @@ NOTEBOOK = (
     _notebook_sgd("original"),
 )
 
-TABLES = {"notebook": NOTEBOOK}
+def _paper(batch_size):
+    return Row(f"RSO, batch {batch_size}", "paper_mnist", batch_size, 5, "authors", {"hold": "filter"},
+               schedule=50, published=(Published(5, 0.98), Published(50, 0.9912)))
+
+
+# Of the 50 rounds that were published, 5 are made unless more are asked for. The published figures stand
+# beside all sizes of mini-batches.
+PAPER = (
+    _paper(1000),
+    _paper(2000),
+    _paper(5000),
+    Row("SGD, momentum 0.9, batch 128", "paper_mnist", 128, 50, "authors",
+        {"learning_rate": 0.1, "momentum": 0.9}, "sgd", published=(Published(None, 0.9927),)),
+)
+
+TABLES = {"notebook": NOTEBOOK, "paper": PAPER, "ablations": ABLATIONS}
 
 
 def chosen(name, texts=("",)):
@@ -111,50 +66,3 @@ def chosen(name, texts=("",)):
         raise ValueError(f"no row of the table {name!r} has {' or '.join(map(repr, texts))} in its name; its "
                          f"rows are {'; '.join(row.name for row in TABLES[name])}")
     return rows
-
-
-def train(row, data, seed, *, backend="cpu", memory=MEMORY, progress=False, checkpoint=None):
-    """Train a row's network with a seed.
-
-    Parameters
-    ----------
-    row : Row
-    data : Dataset
-    seed : int
-        Draws initial weights, steps and mini-batches, as in `rso-numba compare`.
-    backend, memory, progress
-        See `rso.train`.
-    checkpoint : str, path or None
-        See `rso.train`. If the file is there, the training goes on from it.
-
-    Returns
-    -------
-    History
-    """
-    settings = row.settings
-    network = models.build(row.model, data.image_shape, data.n_classes, seed, settings)
-    _compile(row, data, backend)
-    rng = training_generator(seed)
-    saved = dict(checkpoint=checkpoint, resume=checkpoint is not None)
-    if row.solver == "sgd":
-        return sgd.train(network, data, row.rounds, row.batch_size, **row.overrides, backend=backend, rng=rng,
-                         progress=progress, **saved)
-    return rso.train(network, data, row.schedule or row.rounds, row.batch_size, settings, backend=backend,
-                     memory=memory, rng=rng, progress=progress, **saved,
-                     on_round=lambda last: last.round >= row.rounds)
-
-
-def _compile(row, data, backend):
-    """Compile every kernel before the clock starts, on a network and images of its own."""
-    few = data.subset(64, 64, rng=0)
-    network = models.build(row.model, data.image_shape, data.n_classes, 0, row.settings)
-    if row.solver == "sgd":
-        sgd.train(network, few, 1, backend=backend, rng=0)
-        return
-
-    def one_weight_each(*arguments):
-        return [(parameter, list(indices)[:1], sigma)
-                for parameter, indices, sigma in visits.visits(*arguments)]
-
-    for _ in rso.trials(network, few, 1, 32, row.settings, backend=backend, visits=one_weight_each, rng=0):
-        pass
