@@ -1,17 +1,20 @@
 """The tables of results in Markdown, and the pages that they stand on: README.md and tutorials/RESULTS.md.
 
-`python -m rso_numba.pages` writes them there anew from the CSV files in data/results.
+`python -m rso_numba.pages` writes them there anew from the CSV files in data/results, and draws the figure.
 """
 
 import re
 from pathlib import Path
 from statistics import fmean
 
-from . import markdown, results, tables
+import numpy as np
+
+from . import markdown, plots, results, tables
 from .ablations import MODELS, SETTINGS
 from .files import written_beside
 
 TOP = Path(__file__).parents[1]
+RESULTS = TOP / "data/results"
 PAGES = TOP / "README.md", TOP / "tutorials/RESULTS.md"
 
 
@@ -90,7 +93,7 @@ def _mean(lines, column, form):
     return f"{fmean(float(line[column]) for line in lines):{form}}"
 
 
-def with_tables(text, folder=TOP / "data/results"):
+def with_tables(text, folder=RESULTS):
     """Return the text of a page with its tables made anew.
 
     Parameters
@@ -107,8 +110,22 @@ def with_tables(text, folder=TOP / "data/results"):
     return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
 
 
+def figure_of(folder=RESULTS):
+    """Return a figure of the notebook's table, a panel for each of its networks that there are lines of."""
+    lines, panels = results.read(Path(folder, "notebook.csv")), {}
+    for row in tables.NOTEBOOK:
+        own = [line for line in lines if line["row"] == row.name]
+        if own:
+            accuracies = [[float(a) for a in line["test_accuracy_by_round"].split()[1:]] for line in own]
+            images = int(own[0]["images_forwarded"]) / row.rounds * np.arange(1, row.rounds + 1)
+            label = f"{row.solver.upper()}, batch {row.batch_size}"
+            panels.setdefault(row.model, {})[label] = images, accuracies
+    return plots.by_images(panels)
+
+
 if __name__ == "__main__":
     for page in PAGES:
         text = with_tables(page.read_text(encoding="utf-8"))
         with written_beside(page) as beside:
             beside.write_text(text, encoding="utf-8")
+    plots.save(figure_of(), TOP / "tutorials/images/results.png", dpi=70)
