@@ -1,10 +1,9 @@
-"""The command line: `rso-numba compare`, `bench` and `info` (or `python -m rso_numba ...`).
+"""The command line: `rso-numba compare`, `table`, `bench` and `info` (or `python -m rso_numba ...`).
 
 Numba, matplotlib and scikit-learn are imported where they are needed, so that `--help` is quick.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,22 +15,9 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from . import __version__, cifar10, datasets, kernels, mnist, models, mpi, presets, sources
+from . import __version__, datasets, kernels, machine, mpi, options
 from .arguments import whole_number
-from .evaluators import MEMORY
 from .files import make_folder, written_beside
-
-# What suits each data set, where the command line says nothing else.
-DEFAULTS = {
-    "digits": dict(rounds=8, batch_size=1024, epochs=30),
-    "digits28": dict(rounds=2, batch_size=512, epochs=30),
-    "mnist": dict(rounds=10, batch_size=256, epochs=10),
-    "cifar10": dict(rounds=10, batch_size=256, epochs=10),
-}
-DATA_HOME = dict(metavar="FOLDER", help="folder with the files of the data set, or to download them to; it "
-                 "must exist (default: $RSO_NUMBA_DATA, or ./data if there is one)")
-CHECKPOINT_SECONDS = 60.0  # from one to the next, where the command line asks for some and says no more
-PACKAGES = ("numpy", "numba", "llvmlite", "matplotlib", "scikit-learn")
 
 
 def main(argv=None):
@@ -114,80 +100,22 @@ def parser():
         "early and keeps what was learnt. Exit status 1: all else is written, but the picture could not be "
         "drawn, or the table not be printed.")
     run.set_defaults(command=compare)
-
-    def names(choices):
-        return f"one of {', '.join(choices)}"
-
-    def by_data(key):
-        return "default: " + ", ".join(f"{values[key]} for {name}" for name, values in DEFAULTS.items())
-
-    option = run.add_argument
-    option("--data", default="digits", metavar="NAME",
-           help=f"data set, {names(datasets.LOADERS)} (default: %(default)s)")
-    option("--data-home", **DATA_HOME)
-    option("--model", default="one_conv", metavar="NAME",
-           help=f"network, {names(models.MODELS)} (default: %(default)s)")
-    option("--preset", default="paper", metavar="NAME",
-           help=f"settings of RSO, {names(presets.PRESETS)} (default: %(default)s)")
-    option("--rounds", type=int, metavar="N",
-           help=f"how often RSO visits every weight ({by_data('rounds')})")
-    option("--batch-size", type=int, metavar="N",
-           help=f"images in a mini-batch of RSO ({by_data('batch_size')})")
-    option("--epochs", type=int, metavar="N",
-           help=f"how often SGD passes over the training set ({by_data('epochs')})")
-    option("--sgd-batch-size", type=int, default=32, metavar="N",
-           help="images in a mini-batch of SGD (default: %(default)s)")
-    option("--learning-rate", type=float, default=0.1, metavar="X",
-           help="of SGD: length of a step, as a multiple of the gradient (default: %(default)s)")
-    option("--momentum", type=float, default=0.0, metavar="X",
-           help="of SGD: part of the last step that is added to the next, 0 to 1 (default: %(default)s)")
-    option("--seed", type=int, default=0, metavar="N",
-           help="of all random numbers, 0 or larger (default: %(default)s)")
-    option("--backend", default="cpu", metavar="NAME",
-           help=f"what computes, {names(kernels.BACKEND_CHOICES)} (default: %(default)s)")
-    option("--threads", type=int, metavar="N", help="threads of the cpu backend (default: all cores, "
-           "divided among the processes that mpiexec has started)")
-    option("--memory", type=float, default=MEMORY / 1e9, metavar="GB", help="what RSO may keep, beside the "
-           "data, of mini-batches that come back; less is slower (default: %(default)s)")
-    option("--out", default="rso-out", metavar="FOLDER", type=os.path.expanduser,
-           help="folder for the files, made if need be (default: %(default)s)")
-    option("--no-progress", action="store_true", help="show no progress bars")
-    option("--checkpoint", type=float, nargs="?", const=CHECKPOINT_SECONDS, metavar="SECONDS",
-           help="write rso.checkpoint.npz and sgd.checkpoint.npz to the folder, this often (default: "
-           "%(const)g), so that an interrupted training can go on")
-    option("--resume", action="store_true",
-           help="go on from the checkpoints in the folder, if there are some, to the same result; the other "
-           "arguments have to be the same")
-    _add_bench(commands)
-    return top
-
-
-def _add_bench(commands):
+    options.add_compare(run)
+    run = commands.add_parser(
+        "table", help="make a table of published results again, with several seeds",
+        description="Train the networks of a table with several seeds, and print what was reached beside "
+        "what was published. Every training adds a line to a CSV file when it ends. Those that are there are "
+        "not trained again: after an interruption the same command goes on.")
+    run.set_defaults(command=table)
+    options.add_table(run)
     run = commands.add_parser(
         "bench", help="time a trial here and in PyTorch, side by side",
         description="Measure the seconds that RSO needs for one weight, with delta evaluation, with whole "
         "forward passes and in PyTorch; then SGD, and the rate of the convolution. Print a table, and write "
         "all figures as JSON. Nothing else should run on the machine.")
     run.set_defaults(command=bench)
-    option = run.add_argument
-    option("--model", default="all", choices=("one_conv", "two_conv", "paper_mnist", "paper_cifar10", "all"),
-           help="network; all is those for MNIST (default: %(default)s)")
-    option("--data", choices=("mnist", "cifar10", "digits28"),
-           help="data set (default: mnist; cifar10 for paper_cifar10)")
-    option("--data-home", **DATA_HOME)
-    option("--batch-size", type=int, metavar="N", help="images in a mini-batch of RSO (default: 1024 for "
-           "one_conv, 1000 for two_conv, 5000 for paper_mnist, 1000 for paper_cifar10; at most half of the "
-           "training set)")
-    option("--preset", metavar="NAME", help=f"settings of RSO, one of {', '.join(presets.PRESETS)} "
-           "(default: notebook, authors for paper_mnist and paper_cifar10)")
-    option("--backend", default="cpu", choices=("cpu", "cuda"),
-           help="cuda: a GPU, beside the least time that its arithmetic and its memory would take "
-           "(default: %(default)s)")
-    option("--threads", type=int, metavar="N", help="threads of Numba and PyTorch (default: all cores)")
-    option("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: %(default)s)")
-    option("--quick", action="store_true", help="few images and trials: does it run? The figures mean little")
-    option("--out", default="rso-out/bench.json", metavar="FILE", type=os.path.expanduser,
-           help="JSON file (default: %(default)s)")
+    options.add_bench(run)
+    return top
 
 
 def bench(arguments):
@@ -231,10 +159,10 @@ def _write_benchmark(arguments, data, threads, rows):
     result = dict(
         command=shlex.join(["rso-numba", *sys.argv[1:]]), arguments={
             name: value for name, value in vars(arguments).items() if name != "command"},
-        machine=dict(cpu=_cpu_model(), cores=os.cpu_count(), system=platform.platform(),
-                     gpu=_gpu() if arguments.backend == "cuda" else None),
+        machine=dict(cpu=machine.cpu_model(), cores=os.cpu_count(), system=platform.platform(),
+                     gpu=machine.gpu() if arguments.backend == "cuda" else None),
         versions={"rso_numba": __version__, "python": platform.python_version(),
-                  **{package: _version(package) for package in (*PACKAGES, "torch")}},
+                  **{package: machine.version(package) for package in (*machine.PACKAGES, "torch")}},
         threads=threads, seed=arguments.seed, data=repr(data), rows=[asdict(row) for row in rows])
     try:
         with written_beside(arguments.out) as beside:
@@ -259,16 +187,6 @@ def benchmark_table(rows):
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def _cpu_model():
-    # Linux says it in a file; elsewhere the name may be less telling
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def compare(arguments):
     """Run `rso-numba compare`; return the exit status."""
     # the picture goes to a file: it needs no window, and no backend that opens one
@@ -282,11 +200,11 @@ def compare(arguments):
     elif ranks is not None:
         ranks.share_cores()
     data = datasets.load(arguments.data, arguments.data_home)
-    chosen = dict(DEFAULTS[arguments.data])
+    chosen = dict(options.DEFAULTS[arguments.data])
     chosen.update({name: getattr(arguments, name) for name in chosen if getattr(arguments, name) is not None})
     failed, checkpoint = [], arguments.checkpoint
     if arguments.resume and checkpoint is None:
-        checkpoint = CHECKPOINT_SECONDS
+        checkpoint = options.CHECKPOINT_SECONDS
     result = experiments.compare(
         data, arguments.model, chosen["rounds"], chosen["batch_size"], arguments.preset,
         sgd_epochs=chosen["epochs"], sgd_batch_size=arguments.sgd_batch_size,
@@ -320,80 +238,35 @@ def _set_threads(threads):
     numba.set_num_threads(threads)
 
 
+def table(arguments):
+    """Run `rso-numba table`; return the exit status."""
+    from . import pages, results, tables
+
+    rows = tables.chosen(arguments.name, arguments.only)
+    if arguments.threads is not None:
+        _set_threads(arguments.threads)
+    out = arguments.out or ("data/results" if Path("data/results").is_dir() else "rso-out")
+    path, seeds = Path(out, f"{arguments.name}.csv"), 1 if arguments.quick else arguments.seeds
+    lines = results.run(
+        rows, path, datasets.load("mnist", arguments.data_home), seeds, rounds=arguments.rounds,
+        backend=arguments.backend, memory=arguments.memory * 1e9, progress=not arguments.no_progress)
+    interrupted = False
+    try:
+        for line in lines:
+            _note(f"{line['row']}, seed {line['seed']}: test accuracy {line['final_test_accuracy']} in "
+                  f"{line['seconds']} s")
+    except KeyboardInterrupt:
+        interrupted = True
+    status = _show(pages.render(arguments.name, results.read(path)))
+    if interrupted:
+        _note(f"interrupted; what has ended is in {path}, and the same command goes on")
+        return 130
+    return status
+
+
 def info(arguments):
     """Run `rso-numba info`; return the exit status."""
-    import numba
-
-    lines = [("rso_numba", __version__), ("python", platform.python_version())]
-    lines += [(package, _version(package)) for package in PACKAGES]
-    lines += [
-        ("CPU cores", os.cpu_count()),
-        ("Numba threads", numba.get_num_threads()),
-        ("threading layer", _threading_layer()),
-        ("compiled code", _cache_folder()),
-        ("CUDA", _gpu()),
-    ]
-    lines += [("data folder", line) for line in _data_folders()]
-    return _show("\n".join(f"{name:<16}{value}" for name, value in lines))
-
-
-def _version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _threading_layer():
-    # Numba chooses the layer when the first parallel function runs
-    import numba
-
-    @numba.njit(parallel=True)
-    def count(n):
-        total = 0
-        for _ in numba.prange(n):
-            total += 1
-        return total
-
-    try:
-        count(2)
-        return numba.threading_layer()
-    except ValueError as error:  # NUMBA_THREADING_LAYER asks for one that is not there
-        return f"none: {error}"
-
-
-def _cache_folder():
-    from .kernels.cpu.layout import pack_blocks  # one kernel of many: all are cached in the same place
-
-    stats = getattr(pack_blocks, "stats", None)
-    if stats is not None and stats.cache_path is not None:
-        return stats.cache_path
-    return "not kept: no folder can be written"
-
-
-def _gpu():
-    if problem := kernels.gpu_problem():
-        return f"the cuda backend cannot run: {problem}"
-    from .kernels.cuda.device import device_name
-
-    return f"the cuda backend works: {device_name()}"
-
-
-def _data_folders():
-    try:
-        homes = sources.data_homes()
-    except OSError as error:
-        yield str(error)
-        return
-    for home in homes:
-        if not home.is_dir():
-            yield f"{home} does not exist"
-            continue
-        found = [("MNIST", mnist.find_files(home), mnist.MNIST_FILES),  # those that the loaders would read
-                 ("CIFAR-10", cifar10.find_files(home), cifar10.CIFAR10_FILES)]
-        for title, paths, names in found:
-            folder = next(iter(paths.values())).parent if paths else home
-            yield f"{folder.resolve()} has {len(paths)} of the {len(names)} files of {title}"
+    return _show("\n".join(f"{name:<16}{value}" for name, value in machine.description()))
 
 
 if __name__ == "__main__":

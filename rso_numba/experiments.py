@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import kernels, models, plots, presets, rso, sgd
+from . import kernels, markdown, models, plots, presets, rso, sgd
 from .arguments import training_generator, whole_number
 from .checkpoint import Checkpoint
 from .datasets import check_images, check_labels, check_training
@@ -244,13 +244,7 @@ def table(histories):
             f"{last.seconds:.1f}", f"{last.images_forwarded:,}", f"{last.weights_visited:,}",
             f"{100 * last.accepted / last.weights_visited:.1f}" if searched else "-",
         ])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
-    return "\n".join(lines)
+    return markdown.table(rows)
 
 
 def scan_weight(network, parameter, index, values, images, labels, backend="cpu"):

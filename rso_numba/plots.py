@@ -154,6 +154,32 @@ def overview(histories, searched, before, after, scan=None, title=""):
     return figure
 
 
+def by_images(panels):
+    """Draw test accuracy against images forwarded: the mean of several trainings, and their range.
+
+    Parameters
+    ----------
+    panels : dict of dict
+        By its title, the lines of each panel; by its label, each line: (images, accuracies), arrays of shape
+        (n,) and (n_trainings, n).
+
+    Returns
+    -------
+    Figure
+    """
+    figure = Figure(figsize=(14, 4.3), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, (title, lines) in zip(axes, panels.items(), strict=True):
+        for i, (label, (images, accuracies)) in enumerate(lines.items()):
+            ax.plot(images, np.mean(accuracies, axis=0), label=label, **_line(i))
+            ax.fill_between(images, np.min(accuracies, axis=0), np.max(accuracies, axis=0), alpha=0.2,
+                            color=COLOURS[i % len(COLOURS)], linewidth=0)
+        ax.set_xscale("log")
+        ax.legend(fontsize=11, frameon=False)
+        _finish(ax, "images forwarded", AXIS_LABELS["test_accuracy"] if ax is axes[0] else "", title)
+    return figure
+
+
 def save(figure, path, dpi=100):
     """Write a figure to `path`; its ending (.png, .pdf, .svg) is the format. A former file is replaced.
 

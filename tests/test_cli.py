@@ -402,12 +402,16 @@ def test_info_prints_versions_and_folders(monkeypatch, capsys, tmp_path):
 def test_help_is_quick_and_names_every_option():
     run = [sys.executable, "-m", "rso_numba"]
     shown = subprocess.run([*run, "--help"], capture_output=True, text=True, check=True).stdout
-    assert "compare" in shown and "info" in shown
+    assert all(f"    {command} " in shown for command in ("info", "compare", "table", "bench"))
     code = ("import sys; from rso_numba.__main__ import parser; parser().format_help(); "
             "print([name for name in ('numba', 'matplotlib', 'sklearn') if name in sys.modules])")
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "[]"
     shown = subprocess.run([*run, "compare", "--help"], capture_output=True, text=True, check=True).stdout
+    table = subprocess.run([*run, "table", "--help"], capture_output=True, text=True, check=True).stdout
+    for option in ("seeds", "quick", "rounds", "only", "data-home", "backend", "threads", "memory", "out",
+                   "no-progress"):
+        assert f"--{option} " in table
     for option in ("data", "data-home", "model", "preset", "rounds", "batch-size", "epochs", "sgd-batch-size",
                    "learning-rate", "momentum", "seed", "backend", "threads", "out", "no-progress"):
         assert f"--{option} " in shown

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from rso_numba import bench, plots
+from rso_numba import bench, plots, results
 from rso_numba.__main__ import _write_benchmark
 from rso_numba.files import written_beside
 from rso_numba.history import History, Round
@@ -40,8 +40,10 @@ WRITERS = {
     "figure.png": lambda path: plots.save(plots.curves(history()), path),
     "bench.json": write_benchmark,
     "sweep.csv": add_rows,
+    "results.csv": lambda path: results.add(path, dict.fromkeys(results.COLUMNS, "x" * 1000)),
 }
-FORMER = {"sweep.csv": ",".join(COLUMNS).encode() + b"\n"}  # for that file is read first
+FORMER = {"sweep.csv": ",".join(COLUMNS).encode() + b"\n",  # for these files are read first
+          "results.csv": ",".join(results.COLUMNS).encode() + b"\n"}
 
 
 class SmallDisk(io.FileIO):

@@ -150,6 +150,19 @@ def test_overview_is_one_page_of_1400_pixels(n_rounds, tmp_path):
     assert len(plots.overview([sgd], rso, stack, stack, scan).axes) == 8
 
 
+def test_by_images_shows_mean_and_range_of_every_line():
+    lines = {"few": ([10, 20], [[0.1, 0.4], [0.3, 0.6]]), "many": ([100, 200], [[0.5, 0.7]])}
+    figure = plots.by_images({"one_conv": lines, "two_conv": {"few": lines["few"]}})
+    assert [ax.get_title() for ax in figure.axes] == ["one_conv", "two_conv"]
+    few, many = figure.axes[0].get_lines()
+    np.testing.assert_allclose(points(few), [[10, 0.2], [20, 0.5]])
+    np.testing.assert_allclose(points(many), [[100, 0.5], [200, 0.7]])
+    assert (few.get_label(), many.get_label()) == ("few", "many")
+    band = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert {tuple(point) for point in band} == {(10, 0.1), (10, 0.3), (20, 0.4), (20, 0.6)}
+    assert figure.axes[0].get_xscale() == "log"
+
+
 def test_a_failed_save_keeps_the_former_file(tmp_path):
     path = tmp_path / "figure.png"
     path.write_text("former")
