@@ -73,7 +73,7 @@ def add_table(parser):
     """Add the options of `rso-numba table`."""
     option = parser.add_argument
     option("name", metavar="TABLE", help="notebook (what the course notebook reports), paper (what the paper "
-           "reports) or ablations (one setting changed at a time)")
+           "reports), ablations (one setting changed at a time) or better (than the paper)")
     option("--seeds", type=int, default=3, metavar="N",
            help="trainings of every row, with the seeds 0 to N - 1 (default: %(default)s)")
     option("--quick", action="store_true", help="the same as --seeds 1")

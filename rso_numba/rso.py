@@ -148,7 +148,7 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
         How often every weight is visited.
     batch_size : int
         Images of a mini-batch.
-    preset : {"paper", "authors", "notebook"} or Preset
+    preset : {"paper", "authors", "notebook", "best"} or Preset
         Settings of the search. (Input scaling and initial weights are those that
         `models.build` gave the network.)
     evaluation : {"delta", "full"}

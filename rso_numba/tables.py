@@ -48,7 +48,27 @@ PAPER = (
         {"learning_rate": 0.1, "momentum": 0.9}, "sgd", published=(Published(None, 0.9927),)),
 )
 
-TABLES = {"notebook": NOTEBOOK, "paper": PAPER, "ablations": ABLATIONS}
+
+def _better(model, batch_size, rounds, schedule, rso):
+    """Return rows of RSO, with the vertex alone, and with the preset `best`."""
+    preset, overrides = rso
+    case = dict(model=model, batch_size=batch_size, rounds=rounds, schedule=schedule)
+    vertex = overrides | {"choose": "vertex"}
+    return (Row(f"RSO, {model}, batch {batch_size}", preset=preset, overrides=overrides, **case),
+            Row(f"RSO, {model}, batch {batch_size}, vertex", preset=preset, overrides=vertex, **case),
+            Row(f"RSO, {model}, batch {batch_size}, best", preset="best", **case))
+
+
+NOTEBOOK_ANNEALED = "notebook", {"annealing": "to_tenth"}
+BETTER = (
+    *_better("one_conv", 64, 10, None, NOTEBOOK_ANNEALED),
+    *_better("one_conv", 256, 10, None, NOTEBOOK_ANNEALED),
+    *_better("one_conv", 1024, 10, None, NOTEBOOK_ANNEALED),
+    *_better("paper_mnist", 500, 5, 50, ("authors", {"hold": "filter"})),
+    *_better("paper_mnist", 1000, 5, 50, ("authors", {"hold": "filter"})),
+)
+
+TABLES = {"notebook": NOTEBOOK, "paper": PAPER, "ablations": ABLATIONS, "better": BETTER}
 
 
 def chosen(name, texts=("",)):

@@ -112,7 +112,7 @@ def test_annealing_reaches_the_steps(small):
 
 
 def test_weight_decay_comes_before_the_three_losses(small):
-    assert [p.weight_decay for p in PRESETS.values()] == [0, 1e-4, 0]
+    assert [p.weight_decay for p in PRESETS.values()] == [0, 1e-4, 0, 0]
     network, trials = some_trials(small, n=200, weight_decay=0.01, batch_size=70)
     kept = [t for t in trials if t.choice == "keep"]
     assert kept

@@ -180,7 +180,7 @@ def test_a_history_given_keeps_the_rounds_before_an_interrupt(small, monkeypatch
     ({"rounds": True}, TypeError, "rounds is True"),
     ({"batch_size": 0}, ValueError, "batch_size is 0"),
     ({"batch_size": 71}, ValueError, "batch_size is 71, larger than the training set of 70"),
-    ({"preset": "julia"}, ValueError, "'julia'; known presets: paper, authors, notebook"),
+    ({"preset": "julia"}, ValueError, "'julia'; known presets: paper, authors, notebook, best"),
     ({"backend": "gpu"}, ValueError, "'gpu'; known backends"),
     ({"evaluation": "guess"}, ValueError, "'guess'; known evaluations"),
     ({"sigmas": 1}, TypeError, "unknown setting 'sigmas'; known settings: scaling, init, sigma"),

@@ -211,7 +211,7 @@ def test_an_interrupted_command_prints_what_there_is(small_table, capsys, monkey
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["table", "mine"], "there is no table 'mine'; expected one of notebook, paper, ablations"),
+    (["table", "mine"], "there is no table 'mine'; expected one of notebook, paper, ablations, better"),
     (["table", "notebook", "--only", "x", "y"], "no row of the table 'notebook' has 'x' or 'y' in its name"),
     (["table", "notebook", "--seeds", "0"], "seeds is 0"),
     (["table", "notebook", "--rounds", "3"], "rounds is 3"),
