@@ -38,6 +38,16 @@ def number_below(value, name, high=math.inf):
     return float(value)
 
 
+def positive_number(value, name, largest=math.inf):
+    """Return `value` as a float, if it is a finite number with 0 < value <= largest; else raise an error."""
+    expected = f"0 < {name} {'<=' if largest < math.inf else '<'} {largest}"
+    if not is_number(value):
+        raise TypeError(f"{name} is {value!r}; expected a number, {expected}")
+    if not (0 < value <= largest and value < math.inf):
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+    return float(value)
+
+
 def generator(rng):
     """Return the Generator that `rng` is, or one that it seeds.
 

@@ -1,10 +1,17 @@
 """Where the mini-batch of a trial comes from: three policies, which differ in `begin` and `draw`.
 
 `draw` returns images, labels and a key: the same key means the same images, so that an evaluator may
-use again what it computed for them; None means images that will not come again.
+use again what it computed for them; None means images that will not come again. `batch_size` may be changed
+before a visit begins.
 """
 
 import numpy as np
+
+
+def size_of_round(batch_size, growth, c, rounds, n_images):
+    """Return how many images a mini-batch has in round c = 1..rounds, see `Preset.growth`."""
+    progress = (c - 1) / max(rounds - 1, 1)
+    return min(max(1, round(batch_size * growth**progress)), n_images)
 
 
 class Batches:
@@ -60,7 +67,6 @@ class Slices(Batches):
 
     def __init__(self, data, batch_size, rng, hold="weight"):
         super().__init__(data, batch_size, rng, hold)
-        self.n_slices = len(data.train_images) // batch_size
         self.n_shuffles = 0
 
     def begin(self, parameter):
@@ -81,9 +87,9 @@ class Slices(Batches):
             self._shuffle(state["order"], int(state["n_shuffles"]))
 
     def draw(self):
-        start, key = self.next * self.batch_size, (self.n_shuffles, self.next)
-        self.next = (self.next + 1) % self.n_slices
-        return self.images[start : start + self.batch_size], self.labels[start : start + self.batch_size], key
+        own = slice(self.next * self.batch_size, (self.next + 1) * self.batch_size)
+        self.next = (self.next + 1) % (len(self.images) // self.batch_size)
+        return self.images[own], self.labels[own], (self.n_shuffles, own.start, own.stop)
 
 
 class Partition(Batches):
@@ -95,13 +101,12 @@ class Partition(Batches):
     def __init__(self, data, batch_size, rng, hold="weight"):
         super().__init__(data, batch_size, rng, hold)
         shuffled = rng.permutation(len(data.train_images))
-        images, labels = data.train_images[shuffled], data.train_labels[shuffled]
-        starts = range(0, len(images), batch_size)
-        self.parts = [(images[s : s + batch_size], labels[s : s + batch_size]) for s in starts]
+        self.images, self.labels = data.train_images[shuffled], data.train_labels[shuffled]
 
     def draw(self):
-        key = int(self.rng.integers(len(self.parts)))
-        return *self.parts[key], key
+        i, size = int(self.rng.integers(-(-len(self.images) // self.batch_size))), self.batch_size
+        own = slice(i * size, (i + 1) * size)
+        return self.images[own], self.labels[own], (own.start, own.stop)
 
 
 POLICIES = {"fresh": Fresh, "slices": Slices, "partition": Partition}

@@ -305,7 +305,7 @@ def example_trial(network, data, batch_size=1024, preset="paper", backend="cpu",
     # with a training set of batch_size images, every mini-batch is that set: the scan can use it too
     batch = data.subset(n_train=batch_size, rng=training_generator(seed))
     for trial in rso.trials(copy, batch, 1, batch_size, preset, backend=backend, rng=training_generator(seed),
-                            order="first_last", trained=("weight",), unit="weight"):
+                            order="first_last", trained=("weight",), unit="weight", fraction=1):
         if trial.accepted:
             break
     (parameter,) = (p for p in copy.parameters() if (p.layer, p.name) == (trial.layer, trial.parameter))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from .arguments import is_number, number_below
+from .arguments import is_number, number_below, positive_number
 
 EVERYTHING = ("weight", "bias", "gamma", "beta")
 
@@ -65,6 +65,13 @@ class Preset:
     hold : {"weight", "filter"}
         How long a mini-batch is used: for one trial, or as long as the visits stay in one output
         channel, which saves computing the unchanged loss. Needs `unit="weight"`.
+    growth : float
+        How many times as large the mini-batches of the last round are as those of the first, which have
+        `batch_size` images; in between they grow by the same factor from round to round, to at most the
+        training set. 1 in the paper.
+    fraction : float
+        Part of the weights that a round visits, 0 < fraction <= 1: a random part of each parameter, at least
+        one weight, drawn anew in each round. (Of units, where they are larger.) 1 in the paper.
     choose : {"smallest", "vertex"}
         What a weight becomes: that of w, w + Delta, w - Delta with the smallest loss; or w plus half of the
         step (at most 2 Delta) to the vertex of the parabola through the three losses, and where it has no
@@ -85,6 +92,8 @@ class Preset:
     step: str = "gaussian"
     unit: str = "weight"
     hold: str = "weight"
+    growth: float = 1.0
+    fraction: float = 1.0
     choose: str = "smallest"
 
     @property
@@ -165,7 +174,9 @@ def resolve(preset="paper", **overrides):
             raise TypeError(f"unknown setting {name!r}; known settings: {', '.join(known)}")
     settings = replace(preset, **overrides)
     settings = replace(settings, epsilon=number_below(settings.epsilon, "epsilon"),
-                       weight_decay=number_below(settings.weight_decay, "weight_decay", 1))
+                       weight_decay=number_below(settings.weight_decay, "weight_decay", 1),
+                       growth=positive_number(settings.growth, "growth"),
+                       fraction=positive_number(settings.fraction, "fraction", 1))
     for name, choices in ALLOWED_VALUES.items():
         value = getattr(settings, name)
         if isinstance(value, (str, type(None))) and value in choices:

@@ -6,6 +6,7 @@ from time import perf_counter
 
 from . import models, presets, rso, sgd, visits
 from .arguments import training_generator
+from .batches import size_of_round
 from .evaluators import MEMORY
 from .history import History
 
@@ -109,13 +110,16 @@ def _train_units(row, network, data, settings, backend, rng):
     after each it evaluates all images.
     """
     history, n_weights = History("rso"), network.n_weights
-    trials = rso.trials(network, data, row.rounds * n_weights, row.batch_size, settings, evaluation="full",
+    n_rounds = row.rounds * n_weights
+    trials = rso.trials(network, data, n_rounds, row.batch_size, settings, evaluation="full",
                         backend=backend, rng=rng)
     history.end_round(network, data, backend)
     for _ in range(row.rounds):
         begin = perf_counter()
         for trial in islice(trials, n_weights):
-            history.add_trial(trial, 3 * row.batch_size, track=False)
+            images = size_of_round(row.batch_size, settings.growth, trial.round, n_rounds,
+                                   len(data.train_images))
+            history.add_trial(trial, 3 * images, track=False)
         history.seconds += perf_counter() - begin
         rso.calibrate(network, data, settings, backend)
         history.end_round(network, data, backend)

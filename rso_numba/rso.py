@@ -25,7 +25,7 @@ import numpy as np
 
 from . import kernels, presets
 from .arguments import generator
-from .batches import POLICIES
+from .batches import POLICIES, size_of_round
 from .checkpoint import SearchCheckpoint
 from .datasets import check_training
 from .evaluators import MEMORY, make_evaluator
@@ -34,7 +34,7 @@ from .kernels import formulas
 from .layers import RUNNING_MOMENTUM
 from .progress import ProgressBar
 from .trial_log import TrialLog
-from .visits import annealing_factor, draw_step, layers_of_round, sigmas, visits
+from .visits import annealing_factor, draw_step, drawn, layers_of_round, sigmas, visits
 
 CALIBRATION_IMAGES = 2000  # the authors' fixed statistics
 CHOICES = ("keep", "plus", "minus", "vertex")
@@ -64,11 +64,12 @@ def algorithm_1(network, data, evaluator, settings, rounds, batch_size, rng, vis
     round_visits, decay = visits(network, settings, sigma), settings.decay
     for c in range(1, rounds + 1):  # 2
         annealing = annealing_factor(settings.annealing, c - 1, rounds)
+        batches.batch_size = size_of_round(batch_size, settings.growth, c, rounds, len(data.train_images))
         for parameter, indices, sigma_d in round_visits:  # 3
             if cursor is not None and cursor.is_done(batches):
                 continue
             batches.begin(parameter)
-            for index in indices:  # 4
+            for index in drawn(indices, settings.fraction, rng):  # 4
                 if batches.is_due(index):
                     evaluator.set_batch(*batches.draw())  # 5
                 before = parameter.value[index].copy()
@@ -145,9 +146,9 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
         Changed in place. Its input scaling is fitted to the training images if it is not yet.
     data : Dataset
     rounds : int
-        How often every weight is visited.
+        How often every weight is visited; with `fraction`, a part of them.
     batch_size : int
-        Images of a mini-batch.
+        Images of a mini-batch; with `growth`, in the first round.
     preset : {"paper", "authors", "notebook", "best"} or Preset
         Settings of the search. (Input scaling and initial weights are those that
         `models.build` gave the network.)
@@ -172,7 +173,7 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
         The one source of all random numbers. 0 is a seed like any other.
     **overrides
         Fields of `Preset`: sigma, annealing, weight_decay, batches, order, trained,
-        test_statistics, search_statistics, step, unit, hold, choose.
+        test_statistics, search_statistics, step, unit, hold, growth, fraction, choose.
 
     Returns
     -------
@@ -293,13 +294,14 @@ def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluati
                           evaluation=evaluation, backend=kernels.resolve(backend), memory=memory)
     if not goes_on:
         _end_round(history, network, data, settings, backend)
-    layers, images = layers_of_round(network, settings), 3 * min(batch_size, len(data.train_images))
+    layers, n_images = layers_of_round(network, settings), len(data.train_images)
     n_trials, is_over = rounds * sum(sum(lengths) for _, lengths in layers), saved.is_finished
     with (ProgressBar(n_trials, "weight", "RSO", progress) as bar, saved,
           TrialLog(trial_log, history.weights_visited) as log):
         bar.update(history.weights_visited)
 
         def take_note(trial):
+            images = 3 * size_of_round(batch_size, settings.growth, trial.round, rounds, n_images)
             history.add_trial(trial, images, track_trials)
             log.write(trial)
             bar.update()

@@ -52,8 +52,21 @@ def layers_of_round(network, settings):
     """Return the layers of a round in their order: their names, and the numbers of trials of their visits."""
     nothing = {str(p): 0.0 for p in network.parameters()}
     round_visits = visits(network, settings, nothing)
-    return [(name, [len(indices) for _, indices, _ in group])
+    return [(name, [n_drawn(indices, settings.fraction) for _, indices, _ in group])
             for name, group in groupby(round_visits, key=lambda visit: visit[0].layer)]
+
+
+def n_drawn(indices, fraction):
+    """Return how many of the weights of a parameter a round visits."""
+    return max(1, round(fraction * len(indices)))
+
+
+def drawn(indices, fraction, rng):
+    """Return those that a round visits, in their order; if it is not all of them, they are drawn."""
+    if fraction == 1:
+        return indices
+    chosen = rng.choice(len(indices), n_drawn(indices, fraction), replace=False, shuffle=False)
+    return [indices[i] for i in sorted(chosen.tolist())]
 
 
 def visiting_order(network, order, trained):

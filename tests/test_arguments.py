@@ -47,6 +47,8 @@ REAL = {
     "validation_fraction": (1, lambda data, x: descend(data, validation_fraction=x)),
     "epsilon": (np.inf, lambda data, x: BatchNorm(x)),
     "sigma": (np.inf, lambda data, x: search(data, sigma=x)),
+    "growth": (np.inf, lambda data, x: search(data, growth=x)),
+    "fraction": (1.5, lambda data, x: search(data, fraction=x)),
 }
 
 

@@ -64,6 +64,7 @@ SEARCHES = [
     dict(**SMALL_NORMS, evaluation="full", rounds=1, backend="cpu"),
     dict(preset="notebook", unit="filter", order="first_last", test_statistics="first_2000"),
     dict(preset="authors", unit="network", rounds=100),
+    dict(preset="best", growth=3, fraction=0.3, backend="cpu", rounds=3),
 ]
 
 

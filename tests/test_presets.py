@@ -220,14 +220,15 @@ def test_settings_of_the_authors_for_both_data_sets():
     images = np.arange(50, dtype=np.float32).reshape(50, 1, 1, 1) / 50
     data = Dataset(images, np.zeros(50, int), images, np.zeros(50, int), 2)
     batches = POLICIES[settings.batches](data, 5, np.random.default_rng(0))
-    assert batches.n_slices == 10
     keys, network = [], build("paper_cifar10", (3, 32, 32))
     for parameter in visiting_order(network, settings.order, settings.trained):
         batches.begin(parameter)
         keys.append(batches.draw()[2])
     n_shuffles = np.cumsum([name.name == "weight" for name in visiting_order(
         network, settings.order, settings.trained)])
-    assert keys == [(n, 0) for n in n_shuffles.tolist()] and keys[-1] == (11, 0)
+    assert keys == [(n, 0, 5) for n in n_shuffles.tolist()] and keys[-1] == (11, 0, 5)
+    starts = [batches.draw()[2][1] for _ in range(11)]  # it was at slice 1 of 10
+    assert starts == [5 * (i % 10) for i in range(1, 12)]
     mean = build("paper_cifar10", (3, 32, 32), preset="authors")
     mean.fit_scaling(np.random.default_rng(0).random((9, 3, 32, 32), np.float32))
     assert np.unique(mean.layers[0].mean).size == 3 and (mean.layers[0].std == 1).all()  # one of a channel
