@@ -8,7 +8,7 @@ import pytest
 from networks import small_network
 
 from rso_numba import datasets, rso
-from rso_numba.batches import size_of_round
+from rso_numba.batches import Slices, size_of_round
 from rso_numba.layers import Dense, Flatten
 from rso_numba.models import Network, build
 from rso_numba.presets import resolve
@@ -58,6 +58,15 @@ def test_every_policy_gives_larger_mini_batches(small, batches, trained):
         if key is not None:  # the same key, the same images
             assert np.array_equal(seen.setdefault(key, images), images)
     assert bool(seen) == (batches != "fresh")
+
+
+def test_slices_of_one_shuffle_that_differ_in_size_differ_in_key(small, rng):
+    policy = Slices(small, 10, rng)
+    gamma, keys = build("paper_mnist", small.image_shape).parameters()[1], []
+    for policy.batch_size in (10, 20):
+        policy.begin(gamma)  # which does not shuffle anew
+        keys.append(policy.draw()[2])
+    assert gamma.name == "gamma" and policy.n_shuffles == 1 and keys[0] != keys[1]
 
 
 def test_images_are_counted_as_the_mini_batches_grow(small):
