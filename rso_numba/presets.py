@@ -76,6 +76,9 @@ class Preset:
         What a weight becomes: that of w, w + Delta, w - Delta with the smallest loss; or w plus half of the
         step (at most 2 Delta) to the vertex of the parabola through the three losses, and where it has no
         lowest point, the same. (The vertex is not of the paper.)
+    gate : float
+        How many standard errors the loss has to fall, or the weight is kept: see `evaluators/blocks.py`. It
+        needs mini-batches of 17 images or more. 0 in the paper: anything smaller is better.
     """
 
     scaling: str = "standardize"
@@ -95,6 +98,7 @@ class Preset:
     growth: float = 1.0
     fraction: float = 1.0
     choose: str = "smallest"
+    gate: float = 0.0
 
     @property
     def decay(self):
@@ -176,7 +180,8 @@ def resolve(preset="paper", **overrides):
     settings = replace(settings, epsilon=number_below(settings.epsilon, "epsilon"),
                        weight_decay=number_below(settings.weight_decay, "weight_decay", 1),
                        growth=positive_number(settings.growth, "growth"),
-                       fraction=positive_number(settings.fraction, "fraction", 1))
+                       fraction=positive_number(settings.fraction, "fraction", 1),
+                       gate=number_below(settings.gate, "gate"))
     for name, choices in ALLOWED_VALUES.items():
         value = getattr(settings, name)
         if isinstance(value, (str, type(None))) and value in choices:

@@ -29,6 +29,7 @@ from .batches import POLICIES, size_of_round
 from .checkpoint import SearchCheckpoint
 from .datasets import check_training
 from .evaluators import MEMORY, make_evaluator
+from .evaluators.blocks import BLOCK_IMAGES
 from .history import History
 from .kernels import formulas
 from .layers import RUNNING_MOMENTUM
@@ -38,7 +39,7 @@ from .visits import annealing_factor, draw_step, drawn, layers_of_round, sigmas,
 
 CALIBRATION_IMAGES = 2000  # the authors' fixed statistics
 CHOICES = ("keep", "plus", "minus", "vertex")
-VERTEX = CHOICES.index("vertex")
+KEEP, PLUS, MINUS, VERTEX = range(len(CHOICES))
 
 
 def algorithm_1(network, data, evaluator, settings, rounds, batch_size, rng, visits=visits, cursor=None):
@@ -81,6 +82,8 @@ def algorithm_1(network, data, evaluator, settings, rounds, batch_size, rng, vis
                 after = candidates[best]
                 if settings.choose == "vertex" and formulas.has_vertex(*losses):  # not of Algorithm 1
                     best, after = VERTEX, w + np.float32(formulas.vertex(*losses)) * delta
+                if settings.gate and evaluator.blocks.is_noise(step_of(best, losses), settings.gate):
+                    best, after = KEEP, w
                 evaluator.keep(parameter, index, after)  # 8
                 yield Trial(c, parameter.layer, parameter.name, index, delta, tuple(losses),
                             CHOICES[best], before, after)
@@ -89,6 +92,11 @@ def algorithm_1(network, data, evaluator, settings, rounds, batch_size, rng, vis
 def smallest(losses):
     """Return the index of the smallest of three losses: the first on a tie; NaN and infinity lose."""
     return formulas.smallest_of_three(*losses)
+
+
+def step_of(best, losses):
+    """Return the step that a choice is, as a multiple of Delta."""
+    return formulas.vertex(*losses) if best == VERTEX else {KEEP: 0, PLUS: 1, MINUS: -1}[best]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +118,7 @@ class Trial:
         Mean cross-entropy for (w, w + Delta, w - Delta).
     choice : {"keep", "plus", "minus", "vertex"}
         The smallest of the three; the earliest in this order on a tie. "vertex" is none of the three: see
-        `Preset.choose`.
+        `Preset.choose`. "keep" also where a gate does not let the step pass.
     before, after : float
         The weight before the visit (and before weight decay) and after it.
     """
@@ -173,7 +181,8 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
         The one source of all random numbers. 0 is a seed like any other.
     **overrides
         Fields of `Preset`: sigma, annealing, weight_decay, batches, order, trained,
-        test_statistics, search_statistics, step, unit, hold, growth, fraction, choose.
+        test_statistics, search_statistics, step, unit, hold, growth, fraction, choose,
+        gate.
 
     Returns
     -------
@@ -202,11 +211,17 @@ def trials(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluat
                             "train_labels": data.train_labels, **network.state()})
     if evaluator is not None and ranks is not None:
         raise ValueError("evaluator and ranks are both given; expected one of them")
+    if settings.gate and batch_size <= BLOCK_IMAGES:
+        raise ValueError(f"batch_size is {batch_size}, and gate {settings.gate}; expected more than "
+                         f"{BLOCK_IMAGES} images, which are a block: two blocks tell how sure a loss is")
+    if settings.gate and evaluator is not None and not getattr(evaluator, "by_block", False):
+        raise ValueError(f"gate is {settings.gate}, and the evaluator keeps no losses by block; expected "
+                         "gate=0, or an evaluator such as FullForward(network, by_block=True)")
     if evaluator is None:
         momentum = RUNNING_MOMENTUM if settings.test_statistics == "running" else 0.0
         fixed = data.train_images[:CALIBRATION_IMAGES] if settings.search_statistics == "fixed" else None
         evaluator = make_evaluator(evaluation, network, backend, momentum, settings.unit, fixed, ranks,
-                                   memory)
+                                   memory, settings.gate > 0)
     network.fit_scaling(data.train_images)
     search = partial(algorithm_1, network, data, settings=settings, rounds=rounds, batch_size=batch_size,
                      rng=rng, visits=visits, cursor=cursor)

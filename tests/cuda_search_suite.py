@@ -153,6 +153,16 @@ def test_a_whole_round_decides_as_numpy_does(name, preset, hold, n, batch_size):
     _compare_running_statistics(*networks)
 
 
+def test_larger_mini_batches_and_a_part_of_the_weights_decide_as_numpy_does():
+    networks, data = [_network("two_conv") for _ in range(2)], _data(2 * FEW)
+    streams = [
+        rso.trials(network, data, 2, FEW, "notebook", evaluation=evaluation, backend=backend, rng=0,
+                   growth=2, fraction=0.25)
+        for network, evaluation, backend in zip(networks, ("delta", "full"), ("cuda", "numpy"), strict=True)]
+    assert _follow(*networks, streams) == 2 * sum(
+        max(1, round(p.value.size / 4)) for p in networks[0].parameters())
+
+
 def _compare_running_statistics(*networks):
     for a, b in zip(*(network.leaves for network in networks), strict=True):
         if isinstance(a, BatchNorm):
@@ -328,6 +338,9 @@ def test_who_evaluates():
     for network in (chain, _network("identity")):
         assert isinstance(make_evaluator("delta", network, "cuda"), CudaForward)
     assert isinstance(make_evaluator("full", chain, "cuda"), FullForward)
+    assert make_evaluator("full", chain, "cuda", by_block=True).by_block
+    with pytest.raises(ValueError, match="expected gate=0, evaluation='full' or backend='cpu'"):
+        make_evaluator("delta", chain, "cuda", by_block=True)
     for network, unit in ((chain, "layer"), (flat, "weight"), (by_pixel, "weight")):
         with pytest.warns(UserWarning, match="whole forward pass"):
             evaluator = make_evaluator("delta", network, "cuda", unit=unit)

@@ -48,6 +48,7 @@ REAL = {
     "epsilon": (np.inf, lambda data, x: BatchNorm(x)),
     "sigma": (np.inf, lambda data, x: search(data, sigma=x)),
     "growth": (np.inf, lambda data, x: search(data, growth=x)),
+    "gate": (np.inf, lambda data, x: search(data, gate=x, batch_size=20)),
     "fraction": (1.5, lambda data, x: search(data, fraction=x)),
 }
 

@@ -1,4 +1,4 @@
-"""Settings that are not of the paper: mini-batches that grow, rounds that visit a part of the weights."""
+"""Settings that are not of the paper: mini-batches that grow, a part of the weights, the gate."""
 
 from collections import Counter
 from itertools import islice
@@ -9,6 +9,9 @@ from networks import small_network
 
 from rso_numba import datasets, rso
 from rso_numba.batches import Slices, size_of_round
+from rso_numba.evaluators import FullForward, PlainDeltaForward, make_evaluator
+from rso_numba.evaluators.blocks import Blocks, sums_by_block
+from rso_numba.kernels import formulas
 from rso_numba.layers import Dense, Flatten
 from rso_numba.models import Network, build
 from rso_numba.presets import resolve
@@ -144,3 +147,156 @@ def test_delta_evaluation_knows_mini_batches_of_any_size(name, batches, backend,
 def test_bad_settings(small, settings, message):
     with pytest.raises((TypeError, ValueError), match=message):
         rso.train(build("one_conv", small.image_shape), small, 1, 10, **settings)
+
+
+# ---- the gate ----
+
+
+def naive_gain(losses, step, delta):
+    """Mean and standard error of what the images gain, by the parabola through the three losses of each.
+
+    losses (3, N); one number for each whole block of 16 images.
+    """
+    gains = []
+    for three in losses.T:
+        a, b, c = np.polyfit([0, delta, -delta], three, 2)
+        gains.append(three[0] - (a * (step * delta) ** 2 + b * step * delta + c))
+    blocks = [np.mean(gains[i : i + 16]) for i in range(0, len(gains), 16)]
+    return np.mean(gains), np.std(blocks, ddof=1) / np.sqrt(len(blocks))
+
+
+@pytest.mark.parametrize("step", [1, -1, 0.3, -2])
+def test_a_step_is_noise_below_so_many_standard_errors(step, rng):
+    losses = rng.random((3, 64))
+    gain, error = naive_gain(losses, step, 0.7)
+    blocks = Blocks(np.array([sums_by_block(row) for row in losses]), 64)
+    assert blocks.sums.shape == (3, 4)
+    if gain < 0:
+        assert blocks.is_noise(step, 0)
+    else:
+        assert not blocks.is_noise(step, 0.999 * gain / error)
+    better = Blocks(blocks.sums - 16 * np.array([[-1], [0], [0]]), 64)  # w is worse, so that any step gains
+    gain, error = naive_gain(losses + np.array([[1], [0], [0]]), step, 0.7)
+    assert better.is_noise(step, 1.001 * abs(gain) / error)
+    assert better.is_noise(step, 0.999 * gain / error) == (gain < 0)
+
+
+def test_a_short_block_counts_as_what_it_is():
+    # 16 images gain 1 each and 8 gain 3: the mean is 5/3, and the sums deviate by -32/3 and 32/3 from their
+    # share, so the standard error is sqrt(2 / 1 * 2 * (32/3)^2) / 24 = 8/9
+    blocks = Blocks(np.array([[16.0, 24.0], [0.0, 0.0], [99.0, 99.0]]), 24)
+    assert not blocks.is_noise(1, 1.874)
+    assert blocks.is_noise(1, 1.876)
+
+
+def test_the_standard_error_is_that_of_repeated_samples(rng):
+    """The last block is short."""
+    passed = []
+    for _ in range(2000):
+        losses = np.zeros((3, 40))
+        losses[1] = 0.5 + rng.standard_normal(40)  # worse by 0.5: a gain is luck
+        blocks = Blocks(np.array([sums_by_block(row) for row in losses]), 40)
+        gains = -losses[1].mean()
+        passed.append(not blocks.is_noise(1, 0))
+        assert passed[-1] == (gains > 0)
+    assert np.mean(passed) == pytest.approx(7.8e-4, abs=2e-3)  # a gain beyond sqrt(40) / 2 standard errors
+    lucky = []
+    for _ in range(2000):
+        losses = np.zeros((3, 72))
+        losses[1] = rng.standard_normal(72)
+        blocks = Blocks(np.array([sums_by_block(row) for row in losses]), 72)
+        lucky.append(not blocks.is_noise(1, 2.776))  # the 97.5 % point of Student's t with 4 degrees
+    assert np.mean(lucky) == pytest.approx(0.025, abs=0.012)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_one_block_tells_nothing_and_what_is_infinite_cannot_be_kept():
+    assert Blocks(np.array([[9.0], [1.0], [1.0]]), 10).is_noise(1, 0.1)
+    assert not Blocks(np.array([[np.inf, 1.0], [1.0, 1.0], [1.0, 1.0]]), 32).is_noise(1, 0.1)
+
+
+@pytest.mark.parametrize("evaluation, backend", [
+    ("full", "numpy"), ("full", "cpu"), ("delta", "numpy"), ("delta", "cpu")])
+@pytest.mark.parametrize("name", ["one_conv", "paper_mnist"])
+def test_losses_by_block_are_those_of_the_images(name, evaluation, backend, rng):
+    """Every weight; again when a change was kept, and with a mini-batch that comes back."""
+    network = small_network(name)
+    images, labels = rng.random((37, 1, 6, 5), np.float32), rng.integers(3, size=37)
+    network.fit_scaling(images)
+    evaluator = make_evaluator(evaluation, network, backend, by_block=True)
+    full = FullForward(network, "numpy")
+    for parameter in reversed(network.parameters()):
+        for n, index in enumerate(np.ndindex(parameter.value.shape)):
+            size = 37 if n % 3 else 24
+            evaluator.set_batch(images[:size], labels[:size], key=size)
+            w, step = parameter.value[index], np.float32(rng.normal(0, 0.5))
+            candidates = w * np.float32(1 - n % 2 / 100), w + step, w - step
+            losses = evaluator.losses(parameter, index, candidates)
+            for candidate, loss, sums in zip(candidates, losses, evaluator.blocks.sums, strict=True):
+                expected = []
+                for start in range(0, size, 16):
+                    own = slice(start, min(start + 16, size))
+                    if name == "one_conv":  # without BatchNorm an image's loss is its own
+                        full.set_batch(images[own], labels[own])
+                        expected.append((own.stop - start) * full.losses(parameter, index, [candidate])[0])
+                np.testing.assert_allclose(sums, expected or sums, rtol=2e-5, atol=1e-5)
+                assert loss == pytest.approx(sums.sum() / size, rel=1e-6) and len(sums) == -(-size // 16)
+            assert evaluator.blocks.n_images == size
+            evaluator.keep(parameter, index, candidates[n % 3])
+
+
+@pytest.mark.parametrize("choose", ["smallest", "vertex"])
+@pytest.mark.parametrize("backend", ["cpu", "numpy"])
+def test_the_gate_keeps_what_is_not_surely_worse(digits, choose, backend):
+    data, accepted = digits.subset(200, 10, rng=0), []
+    for gate in (0, 0.5, 2, 100):
+        network = build("one_conv", digits.image_shape, rng=0)
+        watched = PlainDeltaForward(network, by_block=True) if backend == "numpy" else None
+        trials = []
+        stream = rso.trials(network, data, 1, 48, choose=choose, gate=gate, weight_decay=1e-3, rng=0,
+                            backend=backend, evaluator=watched)
+        for trial in islice(stream, 100):
+            trials.append(trial)
+            if watched and gate:
+                ungated = rso.smallest(trial.losses)
+                if choose == "vertex" and formulas.has_vertex(*trial.losses):
+                    ungated = rso.VERTEX
+                passes = not watched.blocks.is_noise(rso.step_of(ungated, trial.losses), gate)
+                assert trial.choice == rso.CHOICES[ungated if passes else rso.KEEP]
+            if trial.choice == "keep":
+                assert trial.after == trial.before * np.float32(1 - 1e-3)
+        accepted.append(sum(trial.accepted for trial in trials))
+    assert accepted[0] > accepted[1] > accepted[2] > accepted[3] == 0
+
+
+@pytest.mark.parametrize("name", ["one_conv", "paper_mnist"])
+def test_the_gate_decides_alike_however_losses_are_computed(name, rng):
+    images, labels = rng.random((60, 1, 6, 5), np.float32), rng.integers(3, size=60)
+    data = datasets.Dataset(images, labels, images[:5], labels[:5], 3)
+    ways = [("full", "numpy"), ("full", "cpu"), ("delta", "numpy"), ("delta", "cpu")]
+    networks = [small_network(name) for _ in ways]
+    streams = [rso.trials(network, data, 1, 40, "authors", evaluation=evaluation, backend=backend, rng=0,
+                          gate=1, sigma=0.3)
+               for network, (evaluation, backend) in zip(networks, ways, strict=True)]
+    n_different = n = 0
+    for trials in zip(*streams, strict=True):
+        n += 1
+        for network, trial in zip(networks[1:], trials[1:], strict=True):
+            np.testing.assert_allclose(trial.losses, trials[0].losses, 1e-5, 1e-6)
+            if trial.choice != trials[0].choice:
+                n_different += 1
+                network.weights[:] = networks[0].weights
+    assert n_different <= 1 + n // 100
+
+
+def test_who_has_no_gate(small):
+    network = build("one_conv", small.image_shape, rng=0)
+    for arguments, message in [
+            ({"batch_size": 16}, "batch_size is 16, and gate 1.0; expected more than 16 images"),
+            ({"evaluator": Watched()}, "the evaluator keeps no losses by block; expected gate=0, or"),
+            ({"evaluator": FullForward(network)}, "the evaluator keeps no losses by block"),
+            ({"gate": -1}, "gate is -1; expected 0 <= gate < inf")]:
+        with pytest.raises(ValueError, match=message):
+            rso.trials(network, small, **{"batch_size": 20, "gate": 1} | arguments)
+    with pytest.raises(ValueError, match="expected gate=0 with ranks"):
+        make_evaluator("delta", network, ranks=object(), by_block=True)

@@ -8,6 +8,9 @@ Every evaluator has the same three methods, and the search loop never knows whic
   `parameter.value[index]`, the first of which is the weight as it is, float64;
 * `keep(parameter, index, value)`: this value stays.
 
+With `by_block=True` (but for `CudaForward`) they also keep what they last answered by blocks of images, in
+`blocks`, for `Preset.gate`.
+
 One that would have to wait long for each answer may have a fourth, `decide(search, decay)`: it runs the
 search with a `Recorder`, which notes what is asked and answers nothing, and decides many trials at a time.
 """
@@ -28,7 +31,7 @@ MEMORY = 3.5e9  # bytes that delta evaluation keeps of mini-batches that come ba
 
 
 def make_evaluator(evaluation, network, backend="cpu", momentum=0.0, unit="weight", fixed_images=None,
-                   ranks=None, memory=MEMORY):
+                   ranks=None, memory=MEMORY, by_block=False):
     """Return the evaluator for a search.
 
     Parameters
@@ -47,11 +50,13 @@ def make_evaluator(evaluation, network, backend="cpu", momentum=0.0, unit="weigh
         Processes that share every mini-batch, see `mpi.py`. They need the backend "cpu".
     memory : float
         Bytes that delta evaluation, on the CPU or a GPU, may keep of mini-batches that come back.
+    by_block : bool
+        Whether losses are wanted by blocks of images, too.
 
     Raises
     ------
     ValueError
-        If there is no such evaluation or backend, or ranks cannot use it.
+        If there is no such evaluation or backend, or ranks cannot use it, or it has no losses by block.
     GpuError
         If the backend is "cuda" and does not work here.
 
@@ -66,14 +71,20 @@ def make_evaluator(evaluation, network, backend="cpu", momentum=0.0, unit="weigh
     kernels.backend(backend)  # says what is missing, if anything is
     if ranks is not None and backend != "cpu":
         raise ValueError(f"backend is {backend!r}; expected 'cpu', the only one that ranks can share")
+    if by_block and ranks is not None:
+        raise ValueError("a gate needs the losses of all images in one process; expected gate=0 with ranks")
     memory = number_below(memory, "memory")
-    shared = {} if ranks is None else {"ranks": ranks}
-    bounded = {} if backend == "numpy" else {"memory": memory}
+    options = {} if ranks is None else {"ranks": ranks}
+    options |= {} if backend == "numpy" else {"memory": memory}
+    options |= {} if backend == "cuda" else {"by_block": by_block}
     if evaluation == "delta":
         try:
             if unit != "weight":
                 raise NoDelta(f"a step changes a whole {unit} (unit={unit!r})")
-            return _delta_forward(backend)(network, momentum, fixed_images, **bounded, **shared)
+            if by_block and backend == "cuda":
+                raise ValueError("a GPU that evaluates by delta decides by mean losses, and a gate needs "
+                                 "them by block; expected gate=0, evaluation='full' or backend='cpu'")
+            return _delta_forward(backend)(network, momentum, fixed_images, **options)
         except NoDelta as reason:
             warnings.warn(f"every loss is computed by a whole forward pass, because {reason}, which delta "
                           "evaluation cannot do; evaluation='full' does the same without this warning",
@@ -82,7 +93,7 @@ def make_evaluator(evaluation, network, backend="cpu", momentum=0.0, unit="weigh
         from .share import SharedFullForward
 
         return SharedFullForward(network, momentum, fixed_images, ranks)
-    return FullForward(network, backend, momentum, fixed_images)
+    return FullForward(network, backend, momentum, fixed_images, by_block)
 
 
 def _delta_forward(backend):

@@ -19,6 +19,7 @@ class Batch:
     epilogues: dict = field(default_factory=dict)  # of the edges from nodes of which one channel changes
     weights: tuple | None = None  # that the value of the searched node belongs to, if it is not kept
     loss: float | None = None  # of the weights as they were
+    sums: np.ndarray | None = None  # of that loss, by block
     loss_applied: int | None = None  # when so many entries of the log were applied
     padded_labels: np.ndarray | None = None  # in the last layer: -1 in lanes without image
     applied: int = 0  # how many entries of the log are in the values

@@ -25,6 +25,7 @@ from ..layers import Conv2D
 from ..passes import Pass
 from . import MEMORY
 from .batch_cache import BatchCache
+from .blocks import BLOCK_IMAGES, Blocks
 from .graph import Graph
 from .nodes import Values, apply_linear
 from .reach import Change, Reach
@@ -53,6 +54,8 @@ class DeltaForward:
         with a key). What does not fit is computed anew at each visit.
     ranks : Ranks or None
         Those who share every mini-batch (and this `memory`, as if they were one process).
+    by_block : bool
+        Whether `losses` leaves them by blocks of images, too, in `blocks`. Not with ranks.
 
     Raises
     ------
@@ -60,8 +63,8 @@ class DeltaForward:
         If the network is none that delta evaluation can take: see `Graph`.
     """
 
-    def __init__(self, network, momentum=0.0, fixed_images=None, memory=MEMORY, ranks=None):
-        self.ranks = ranks
+    def __init__(self, network, momentum=0.0, fixed_images=None, memory=MEMORY, ranks=None, by_block=False):
+        self.ranks, self.by_block, self.blocks = ranks, by_block, None
         self.network, self.momentum, self.fixed_images = network, momentum, fixed_images
         self.graph, self.cache = Graph(network), BatchCache(memory)
         self.last = self.graph.nodes[-1]
@@ -108,9 +111,10 @@ class DeltaForward:
         if self.known_value[str(parameter)][index] == value:
             return
         self._note(parameter, index, value)
-        for candidate, loss, statistics in self.tried:
+        for candidate, loss, sums, statistics in self.tried:
             if candidate == value:
                 self.batch.loss, self.batch.loss_applied = loss, self.cache.n_logged
+                self.batch.sums = sums
                 self.batch.values.statistics.update(statistics)
                 break
         self.tried = []
@@ -172,7 +176,10 @@ class DeltaForward:
         batch.applied = self.cache.n_logged
         k, j, _, _ = _place_of(parameter, index)
         sums = last_layer_losses(batch.values.z[self.last], batch.x, missed, amounts, k, j, steps,
-                                 batch.padded_labels, batch.share.n_images > LARGE)
+                                 batch.padded_labels, batch.share.n_images > LARGE,
+                                 BLOCK_IMAGES if self.by_block else CHUNK_IMAGES)
+        if self.by_block:
+            self.blocks = Blocks(sums.T, batch.share.n_images)
         return batch.share.last_layer_losses(sums)
 
     def _losses(self, batch, parameter, index, candidates, steps):
@@ -200,10 +207,14 @@ class DeltaForward:
             statistics.append(found[1])
         found = batch.share.mean_losses(sums) if sums else []  # all at once: ranks wait for each other here
         if batch.loss_applied != n_logged:
-            batch.loss, batch.loss_applied = found.pop(0), n_logged
+            batch.loss, batch.loss_applied, batch.sums = found.pop(0), n_logged, sums.pop(0)
         losses = np.full(len(candidates), batch.loss)
         losses[changed] = found
-        self.tried = list(zip([candidates[i] for i in changed], found, statistics, strict=True))
+        self.tried = list(zip([candidates[i] for i in changed], found, sums, statistics, strict=True))
+        if self.by_block:
+            of_all = np.tile(batch.sums, (len(candidates), 1))
+            of_all[changed] = sums
+            self.blocks = Blocks(of_all, batch.share.n_images)
         return losses
 
     def _changes(self, batch, z, k, channel, direction, moments, amount):

@@ -13,6 +13,7 @@ import numpy as np
 from ..kernels import plain
 from ..layers import AvgPool, BatchNorm, Conv2D, Dense, Flatten, Residual
 from ..passes import Pass
+from .blocks import Blocks, sums_by_block
 from .graph import Graph
 
 
@@ -43,6 +44,8 @@ class PlainDeltaForward:
         How far each mini-batch moves BatchNorm's running statistics.
     fixed_images : ndarray (N, C, H, W) or None
         If given, BatchNorms before the layer that is being searched use the statistics of these images.
+    by_block : bool
+        Whether `losses` leaves them by blocks of images, too, in `blocks`.
 
     Raises
     ------
@@ -50,7 +53,8 @@ class PlainDeltaForward:
         If the network is none that delta evaluation can take: see `Graph`.
     """
 
-    def __init__(self, network, momentum=0.0, fixed_images=None):
+    def __init__(self, network, momentum=0.0, fixed_images=None, by_block=False):
+        self.by_block, self.blocks = by_block, None
         self.network, self.momentum, self.fixed_images = network, momentum, fixed_images
         self.graph, self.node, self.fixed = Graph(network), None, frozenset()
 
@@ -68,11 +72,11 @@ class PlainDeltaForward:
         if self.known is None or not np.array_equal(self.known, self.network.weights):
             self._remember()
         layer, before = self._leaf(parameter.layer), parameter.value[index]
-        losses = np.empty(len(candidates))
-        for i, candidate in enumerate(candidates):
+        by_image = []
+        for candidate in candidates:
             step = np.float32(candidate - before)
             if layer is self.network.layers[-1]:
-                losses[i] = self._last_loss(layer, index, step)
+                by_image.append(self._last_losses(layer, index, step))
             else:
                 parameter.value[index] = candidate
                 change = self._of_output(layer, parameter.name, index, step)
@@ -80,8 +84,10 @@ class PlainDeltaForward:
                 parameter.value[index] = before
                 logits = self.logits.copy()
                 logits[:, change.channels] += change.amount
-                losses[i] = plain.mean_loss(logits, self.labels)
-        return losses
+                by_image.append(plain.cross_entropy(logits, self.labels))
+        if self.by_block:
+            self.blocks = Blocks(np.array([sums_by_block(losses) for losses in by_image]), len(self.labels))
+        return np.array([losses.sum(dtype=np.float64) / len(losses) for losses in by_image])
 
     def keep(self, parameter, index, value):
         """Store the winning value."""
@@ -192,8 +198,8 @@ class PlainDeltaForward:
 
     # ---- the last layer ----
 
-    def _last_loss(self, layer, index, step):
-        """Return the loss when a weight of the last layer changes: one logit moves by step * a_j.
+    def _last_losses(self, layer, index, step):
+        """Return the losses (N,) when a weight of the last layer changes: one logit moves by step * a_j.
 
         With R, the sum of exp(z_m) over the other classes, it is log(R + exp(z_k + step a_j)) - z_label.
         """
@@ -203,7 +209,7 @@ class PlainDeltaForward:
         others = np.delete(logits, k, axis=1)
         log_rest = np.log(np.exp(others - others.max(axis=1, keepdims=True)).sum(axis=1)) + others.max(axis=1)
         labelled = logits[np.arange(len(logits)), self.labels]
-        return float((np.logaddexp(log_rest, logits[:, k]) - labelled).mean())
+        return np.logaddexp(log_rest, logits[:, k]) - labelled
 
 
 def united(a, b):

@@ -4,6 +4,7 @@ import numpy as np
 
 from .. import kernels
 from ..passes import Pass
+from .blocks import Blocks, sums_by_block
 from .graph import Graph, NoDelta
 
 
@@ -19,9 +20,12 @@ class FullForward:
         candidate.
     fixed_images : ndarray (N, C, H, W) or None
         If given, BatchNorms before the layer that is being searched use the statistics of these images.
+    by_block : bool
+        Whether `losses` leaves them by blocks of images, too, in `blocks`.
     """
 
-    def __init__(self, network, backend="cpu", momentum=0.0, fixed_images=None):
+    def __init__(self, network, backend="cpu", momentum=0.0, fixed_images=None, by_block=False):
+        self.by_block, self.blocks = by_block, None
         self.network, self.kernels, self.momentum = network, kernels.backend(backend), momentum
         self.backend, self.fixed_images, self.fixed = backend, fixed_images, frozenset()
         self.graph = self.node = None
@@ -40,15 +44,20 @@ class FullForward:
         """Return the mean loss for each candidate value of `parameter.value[index]`, float64."""
         self.fix_statistics(parameter.layer)
         before = np.copy(parameter.value[index])
-        losses = np.empty(len(candidates))
+        losses, sums = np.empty(len(candidates)), []
         try:
             for i, candidate in enumerate(candidates):
                 parameter.value[index] = candidate
                 momentum, self.is_new = self.momentum if self.is_new else 0.0, False
                 run = Pass(self.kernels, len(self.labels), True, self.fixed, momentum)
-                losses[i] = self.kernels.mean_loss(self.network.propagate(self.x, run), self.labels)
+                logits = self.network.propagate(self.x, run)
+                losses[i] = self.kernels.mean_loss(logits, self.labels)
+                if self.by_block:
+                    sums.append(sums_by_block(self.kernels.cross_entropy(logits, self.labels)))
         finally:
             parameter.value[index] = before  # also when interrupted
+        if self.by_block:
+            self.blocks = Blocks(np.array(sums), len(self.labels))
         return losses
 
     def fix_statistics(self, layer):

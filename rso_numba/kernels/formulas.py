@@ -102,6 +102,11 @@ def vertex(keep, plus, minus):
     return min(max(step, -2), 2)
 
 
+def parabola(keep, plus, minus, step):
+    """Return how much that parabola is higher at a step, a multiple of Delta, than at w."""
+    return (plus - minus) / 2 * step + (plus + minus - 2 * keep) / 2 * step**2
+
+
 def cross_entropy_gradient(logit, largest, total, target, n_images):
     """Return d(mean cross-entropy)/d(logit); target is 1 for the label's logit and 0 for the others."""
     return (math.exp(logit - largest) / total - target) / n_images

@@ -36,7 +36,7 @@ def by_feature_blocks(x, y):
                 y[i, b, lane] = x[b, i, lane]
 
 
-def last_layer_losses(z, a, changes, amounts, k, j, steps, labels, is_large):
+def last_layer_losses(z, a, changes, amounts, k, j, steps, labels, is_large, chunk_images=CHUNK_IMAGES):
     """Bring logits up to date, then return their loss for every step of one weight.
 
     Parameters
@@ -55,22 +55,24 @@ def last_layer_losses(z, a, changes, amounts, k, j, steps, labels, is_large):
     is_large : bool
         Whether the mini-batch is so large that all threads should share the work. (They wait for each other,
         on a busy machine for milliseconds: small work is done sooner by one.)
+    chunk_images : int
+        A multiple of LANES.
 
     Returns
     -------
     ndarray (n_chunks, n_steps), float64
-        Sums of the losses of each CHUNK_IMAGES images.
+        Sums of the losses of each `chunk_images` images.
     """
-    sums = np.empty((-(-len(labels) // CHUNK_IMAGES), len(steps)))
+    sums = np.empty((-(-len(labels) // chunk_images), len(steps)))
     chunks = chunks_by_all_threads if is_large else chunks_by_one_thread
-    chunks(z, a, changes, amounts, k, j, steps, labels, sums)
+    chunks(z, a, changes, amounts, k, j, steps, labels, chunk_images, sums)
     return sums
 
 
-def _chunks(z, a, changes, amounts, k, j, steps, labels, sums):
+def _chunks(z, a, changes, amounts, k, j, steps, labels, chunk_images, sums):
     # sums (n_chunks, n_steps), the others as above
     for chunk in prange(len(sums)):
-        first, last = chunk * CHUNK_IMAGES, min((chunk + 1) * CHUNK_IMAGES, len(labels))
+        first, last = chunk * chunk_images, min((chunk + 1) * chunk_images, len(labels))
         replay(z, a, first, last, changes, amounts)
         chunk_losses(z, a[j, first:last], k, first, last, steps, labels[first:last], sums[chunk])
 
