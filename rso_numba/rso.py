@@ -82,8 +82,10 @@ def algorithm_1(network, data, evaluator, settings, rounds, batch_size, rng, vis
                 after = candidates[best]
                 if settings.choose == "vertex" and formulas.has_vertex(*losses):  # not of Algorithm 1
                     best, after = VERTEX, w + np.float32(formulas.vertex(*losses)) * delta
-                if settings.gate and evaluator.blocks.is_noise(step_of(best, losses), settings.gate):
-                    best, after = KEEP, w
+                if settings.gate:
+                    gain, error = evaluator.blocks.gain(step_of(best, losses))
+                    if gain <= settings.gate * error:  # not if one is NaN: then w has no finite loss
+                        best, after = KEEP, w
                 evaluator.keep(parameter, index, after)  # 8
                 yield Trial(c, parameter.layer, parameter.name, index, delta, tuple(losses),
                             CHOICES[best], before, after)

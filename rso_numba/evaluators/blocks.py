@@ -29,25 +29,27 @@ class Blocks:
     sums: np.ndarray
     n_images: int
 
-    def is_noise(self, step, gate):
-        """Return whether a step's improvement is at most `gate` times its standard error.
+    def gain(self, step):
+        """Return by how much a step lowers the mean loss, and the standard error of that.
 
         Parameters
         ----------
         step : float
-            As a multiple of Delta. Between and beyond the three losses every block has its own parabola
-            through its three.
-        gate : float
+            As a multiple of Delta. Beside the three losses every block has its own parabola through its three.
+
+        Returns
+        -------
+        gain, error : float
+            In nats. The error is infinite if there is only one block, which tells nothing about others.
         """
         gains = -formulas.parabola(*self.sums, step)  # (n_blocks,)
         n_blocks, gain = len(gains), gains.sum() / self.n_images
-        if n_blocks == 1:  # which tells nothing about others
-            return True
+        if n_blocks == 1:
+            return gain, np.inf
         sizes = np.full(n_blocks, BLOCK_IMAGES)
         sizes[-1] = self.n_images - BLOCK_IMAGES * (n_blocks - 1)
         deviations = gains - sizes * gain
-        variance = deviations @ deviations * n_blocks / (n_blocks - 1) / self.n_images**2
-        return bool(gain <= gate * np.sqrt(variance))  # not if one is NaN: then a loss is infinite
+        return gain, np.sqrt(deviations @ deviations * n_blocks / (n_blocks - 1)) / self.n_images
 
 
 def sums_by_block(losses):
