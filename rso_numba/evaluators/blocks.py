@@ -35,7 +35,7 @@ class Blocks:
         Parameters
         ----------
         step : float
-            As a multiple of Delta. Beside the three losses every block has its own parabola through its three.
+            As a multiple of Delta. Every block has its own parabola through its three losses.
 
         Returns
         -------
