@@ -128,4 +128,4 @@ if __name__ == "__main__":
         text = with_tables(page.read_text(encoding="utf-8"))
         with written_beside(page) as beside:
             beside.write_text(text, encoding="utf-8")
-    plots.save(figure_of(), TOP / "tutorials/images/results.png", dpi=70)
+    plots.save(figure_of(), TOP / "tutorials/images/results.png", dpi=62)

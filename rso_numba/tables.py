@@ -39,13 +39,15 @@ def _paper(batch_size):
 
 
 # Of the 50 rounds that were published, 5 are made unless more are asked for. The published figures stand
-# beside all sizes of mini-batches.
+# beside all sizes of mini-batches. SGD's learning rate is that of 0.01, 0.03, 0.1 and 0.3 with the highest
+# accuracy on 5,000 training images held out, after 3 epochs on the others (seed 0: 0.9768, 0.9828, 0.9822;
+# 0.3 diverged).
 PAPER = (
     _paper(1000),
     _paper(2000),
     _paper(5000),
     Row("SGD, momentum 0.9, batch 128", "paper_mnist", 128, 50, "authors",
-        {"learning_rate": 0.1, "momentum": 0.9}, "sgd", published=(Published(None, 0.9927),)),
+        {"learning_rate": 0.03, "momentum": 0.9}, "sgd", published=(Published(None, 0.9927),)),
 )
 
 
