@@ -341,7 +341,7 @@ def test_the_figure_has_a_panel_for_each_network(tmp_path):
 
 
 @pytest.mark.parametrize("page, names", [("README.md", ["notebook", "paper"]),
-                                         ("RESULTS.md", ["notebook", "paper", "ablations"])])
+                                         ("RESULTS.md", ["notebook", "paper", "better", "ablations"])])
 def test_pages_show_what_was_measured(page, names):
     (page,) = (path for path in pages.PAGES if path.name == page)
     text = page.read_text(encoding="utf-8")

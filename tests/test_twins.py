@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 KERNELS = Path(importlib.util.find_spec("rso_numba").origin).parent / "kernels"
-ONLY_ONE_HAS = {"cpu": {"lanes", "memory", "tiles", "winograd"}, "cuda": {"device"}}
+ONLY_ONE_HAS = {"cpu": {"lanes", "memory", "tiles", "winograd"}, "cuda": {"device", "graphs"}}
 twins = pytest.mark.parametrize("backend", ONLY_ONE_HAS)
 
 
