@@ -284,6 +284,8 @@ def _draw_trial(ax, values, losses, trial):
         ax.plot([value], [loss], linestyle="", marker=MARKERS[i], color=COLOURS[i],
                 markersize=13 if kept else 9, markeredgecolor="black" if kept else COLOURS[i],
                 markeredgewidth=2, label=f"{name}: {loss:.4f}" + (" (kept)" if kept else ""))
+    if trial.choice == "vertex":  # its loss was not computed
+        ax.axvline(trial.after, color="black", linestyle=":", linewidth=2, label="towards the vertex (kept)")
     ax.legend(fontsize=12, frameon=False)
     ax.margins(y=0.12)
     weight = f"{trial.layer}.{trial.parameter}[{', '.join(map(str, trial.index))}]"

@@ -138,6 +138,14 @@ def test_trial_marks_the_candidates_and_the_kept_one(choice):
     assert len({mark.get_marker() for mark in marks}) == 3
 
 
+def test_trial_of_the_vertex_marks_where_the_weight_went():
+    trial = Trial(1, "conv1", "weight", (0, 1, 2, 2), 0.5, (1.0, 1.25, 1.75), "vertex", 2.1, 2.0625)
+    (ax,) = plots.trial(np.linspace(1, 3, 5), np.linspace(2, 1, 5), trial).axes
+    marks, (kept,) = ax.lines[1:4], ax.lines[4:]
+    assert np.array_equal(np.concatenate([points(mark) for mark in marks])[:, 0], [2, 2.5, 1.5])
+    assert kept.get_label() == "towards the vertex (kept)" and set(kept.get_xdata()) == {2.0625}
+
+
 @pytest.mark.parametrize("n_rounds", [0, 3])
 def test_overview_is_one_page_of_1400_pixels(n_rounds, tmp_path):
     rso, sgd = history_of("rso", n_rounds, images=10**6), history_of("sgd", 9)
