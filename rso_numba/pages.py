@@ -86,6 +86,8 @@ def _measured(lines):
 
 def _spread(lines):
     accuracies = [float(line["final_test_accuracy"]) for line in lines]
+    if len(lines) == 1:
+        return f"{accuracies[0]:.4f} (1 seed)"
     return f"{fmean(accuracies):.4f} ({min(accuracies):.4f}..{max(accuracies):.4f})"
 
 

@@ -316,7 +316,7 @@ def test_ablations_have_both_networks_side_by_side():
     lines = [line_of(setting.row("one_conv"), 0, *[0.1] * 5, 0.5),
              line_of(setting.row("two_conv"), 0, *[0.2] * 3)]
     _, _, cells = cells_of(pages.render("ablations", lines))
-    assert cells == [setting.name, "0.5000 (0.5000..0.5000)", "0.5000", "50.0", "0.2000 (0.2000..0.2000)",
+    assert cells == [setting.name, "0.5000 (1 seed)", "0.5000", "50.0", "0.2000 (1 seed)",
                      "0.2000", "20.0", setting.finding or "-"]
 
 
