@@ -5,8 +5,8 @@ argument of `rso.trials` and `rso.train`: a preset fills it in, a caller may ove
 
 Sources: *paper* is Tripathi & Singh, arXiv 2005.05955, Algorithm 1; *authors* is the MXNet code
 that they released; *notebook* is Heesoo Song's Julia project for the course "Selected Topics in
-Mathematical Optimization", as it ran. *best* is ours: the authors' settings and the vertex of the parabola,
-see `tutorials/RESULTS.md`.
+Mathematical Optimization", as it ran. *best* is ours: the authors' settings, steps of one size, the first
+layer first, and the vertex of the parabola, see `tutorials/RESULTS.md`.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -131,7 +131,7 @@ PRESETS = {
 }
 
 PRESETS["best"] = replace(PRESETS["authors"], weight_decay=0.0, trained=EVERYTHING, hold="filter",
-                          choose="vertex")
+                          order="first_last", step="fixed", choose="vertex")
 
 ALLOWED_VALUES = {
     "scaling": ("standardize", "center", "none"),
