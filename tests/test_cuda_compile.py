@@ -89,7 +89,7 @@ SIGNATURES = {
     "slot_kernel": [_array(3), _array(3), _array(1, int64), int64, _array(3), _array(3), _array(2, int32),
                     _array(1, int64), _array(1, int64)],
     "last_layer_kernel": [
-        _array(2, int64), _array(1), float32, int64, _array(3), _array(3), _array(2, int32),
+        _array(2, int64), _array(1), types.Tuple((float32, int64)), _array(3), _array(3), _array(2, int32),
         _array(1, int64), _array(2, int64), _array(1), _array(1, int64), _array(1), RECORDS],
 }
 # these add or decide in float64

@@ -69,5 +69,5 @@ class Slots:
     def decide(self, where, deltas, decay, wants_vertex, weights, records):
         """Decide trials, one after the other: NumPy arrays `where` (n, WHERE) and deltas (n,)."""
         self.n_logged += len(where)
-        launch_blocks(last_layer_kernel, 1, to_device(where), to_device(deltas), decay, wants_vertex,
+        launch_blocks(last_layer_kernel, 1, to_device(where), to_device(deltas), (decay, wants_vertex),
                       *self.arrays, self.log, self.amounts, self.length, weights, records, rows=MANY_ROWS)

@@ -56,11 +56,20 @@ def conv2d_launch(size, stride, y):
     return CONV2D_KERNELS[size, stride, channels, pixels], -(-n_tiles // ROWS) * -(-n_channels // channels)
 
 
+@cuda.jit(device=True)
+def share_filters(filters, weight, o, first, n_shared, size, channels):
+    # filters (n_taps, channels) in shared memory, weight (C_out, C_in, size, size): output channels from o,
+    # n_shared input channels from `first`
+    for tap in range(cuda.threadIdx.y * LANES + cuda.threadIdx.x, n_shared * size * size, THREADS):
+        i, kh, kw = first + tap // (size * size), tap % (size * size) // size, tap % size
+        for j in range(channels):
+            filters[tap, j] = weight[min(o + j, weight.shape[0] - 1), i, kh, kw]
+
+
 def _conv2d_kernel(size, stride, channels, pixels):
     margin = (size - 1) // 2  # zeros around x
     window = stride * (pixels - 1) + size  # columns of x under a tile
-    area = size * size
-    n_taps = SHARED * area
+    area, n_taps = size * size, SHARED * size * size
 
     @cuda.jit
     def conv2d_kernel(x, weight, bias, start, part, y):
@@ -69,11 +78,9 @@ def _conv2d_kernel(size, stride, channels, pixels):
         # A CUDA block takes one tile of channels, and each of its rows one tile of pixels of LANES images.
         lane, row = cuda.threadIdx.x, cuda.threadIdx.y
         n_channels, height_out, width_out = y.shape[1], y.shape[2], y.shape[3] // LANES
-        n_over = (n_channels + channels - 1) // channels
-        n_beside = (width_out + pixels - 1) // pixels
+        n_over, n_beside = (n_channels + channels - 1) // channels, (width_out + pixels - 1) // pixels
         n_tiles = y.shape[0] * height_out * n_beside
-        sums = cuda.local.array((channels, pixels), x.dtype)
-        line = cuda.local.array(window, x.dtype)
+        sums, line = cuda.local.array((channels, pixels), x.dtype), cuda.local.array(window, x.dtype)
         filters = cuda.shared.array((n_taps, channels), x.dtype)
         n_start, x_first, weight_first, n_in = part
         for task in range(cuda.blockIdx.y, (n_tiles + ROWS - 1) // ROWS * n_over, cuda.gridDim.y):
@@ -92,10 +99,7 @@ def _conv2d_kernel(size, stride, channels, pixels):
             for first in range(0, n_in, SHARED):
                 n_shared = min(SHARED, n_in - first)
                 cuda.syncthreads()  # nobody reads the former filters any more
-                for tap in range(row * LANES + lane, n_shared * area, THREADS):
-                    i, kh, kw = weight_first + first + tap // area, tap % area // size, tap % size
-                    for j in range(channels):
-                        filters[tap, j] = weight[min(o + j, n_channels - 1), i, kh, kw]
+                share_filters(filters, weight, o, weight_first + first, n_shared, size, channels)
                 cuda.syncthreads()
                 if tile >= n_tiles:
                     continue

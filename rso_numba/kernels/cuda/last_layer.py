@@ -81,13 +81,15 @@ def replay(z, a, n, log, log_amounts, missed, length):
 
 
 @cuda.jit
-def last_layer_kernel(where, deltas, decay, wants_vertex, features, logits, slot_labels, applied, log,
-                      log_amounts, log_length, weights, records):
+def last_layer_kernel(where, deltas, rule, features, logits, slot_labels, applied, log, log_amounts,
+                      log_length, weights, records):
     # where (n_trials, WHERE), deltas (n_trials,); features, logits, slot_labels, applied as above
+    # rule: the factor of weight decay, and whether the vertex is chosen
     # log (n, 2) of logit and feature, log_amounts (n,); weights (n_weights,); records (n_trials, RECORD)
     # One CUDA block of MANY_THREADS, every thread with images of its own.
     thread = cuda.threadIdx.y * LANES + cuda.threadIdx.x
     parts = cuda.shared.array(MANY_THREADS, np.float64)
+    decay, wants_vertex = rule
     for trial in range(where.shape[0]):
         position, k, j = where[trial, POSITION], where[trial, LOGIT], where[trial, FEATURE]
         slot, n_images = where[trial, SLOT], where[trial, IMAGES]
