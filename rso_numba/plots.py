@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .files import written_beside
-from .kernels import formulas
+from .rso import CHOICES, step_of
 
 COLOURS = ("#1f4e79", "#e08214", "#3a923a", "#7b3294")
 LINES = ("-", "--", "-.", ":")
@@ -269,9 +269,7 @@ def _tiles(stack):
 def candidates(trial):
     """Return (w, w + Delta, w - Delta) of a trial, the weights that the three losses belong to."""
     # from the value that was kept, because `before` has not had its weight decay
-    is_vertex = trial.choice == "vertex"
-    step = formulas.vertex(*trial.losses) if is_vertex else {"keep": 0, "plus": 1, "minus": -1}[trial.choice]
-    w = trial.after - step * trial.delta
+    w = trial.after - step_of(CHOICES.index(trial.choice), trial.losses) * trial.delta
     return w, w + trial.delta, w - trial.delta
 
 

@@ -57,7 +57,7 @@ def conv2d_launch(size, stride, y):
 
 
 @cuda.jit(device=True)
-def share_filters(filters, weight, o, first, n_shared, size, channels):
+def load_filters(filters, weight, o, first, n_shared, size, channels):
     # filters (n_taps, channels) in shared memory, weight (C_out, C_in, size, size): output channels from o,
     # n_shared input channels from `first`
     for tap in range(cuda.threadIdx.y * LANES + cuda.threadIdx.x, n_shared * size * size, THREADS):
@@ -99,7 +99,7 @@ def _conv2d_kernel(size, stride, channels, pixels):
             for first in range(0, n_in, SHARED):
                 n_shared = min(SHARED, n_in - first)
                 cuda.syncthreads()  # nobody reads the former filters any more
-                share_filters(filters, weight, o, weight_first + first, n_shared, size, channels)
+                load_filters(filters, weight, o, weight_first + first, n_shared, size, channels)
                 cuda.syncthreads()
                 if tile >= n_tiles:
                     continue
