@@ -244,12 +244,16 @@ def table(arguments):
 
     rows = tables.chosen(arguments.name, arguments.only)
     if arguments.threads is not None:
+        if arguments.jobs != 1:
+            raise ValueError(f"--threads is {arguments.threads} and --jobs {arguments.jobs}; expected one of "
+                             "them: jobs share the cores")
         _set_threads(arguments.threads)
     out = arguments.out or ("data/results" if Path("data/results").is_dir() else "rso-out")
     path, seeds = Path(out, f"{arguments.name}.csv"), 1 if arguments.quick else arguments.seeds
     lines = results.run(
-        rows, path, datasets.load("mnist", arguments.data_home), seeds, rounds=arguments.rounds,
-        backend=arguments.backend, memory=arguments.memory * 1e9, progress=not arguments.no_progress)
+        rows, path, datasets.load("mnist", arguments.data_home), seeds, n_jobs=arguments.jobs,
+        rounds=arguments.rounds, backend=arguments.backend, memory=arguments.memory * 1e9,
+        progress=not arguments.no_progress)
     interrupted = False
     try:
         for line in lines:

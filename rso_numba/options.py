@@ -85,6 +85,9 @@ def add_table(parser):
     option("--backend", default="cpu", metavar="NAME",
            help=f"what computes, one of {', '.join(kernels.BACKEND_CHOICES)} (default: %(default)s)")
     option("--threads", type=int, metavar="N", help="threads of the cpu backend (default: all cores)")
+    option("--jobs", type=int, default=1, metavar="N", help="trainings at once, in processes that share the "
+           "cores, which is faster than one after the other with all of them; each takes the memory "
+           "(default: %(default)s)")
     option("--memory", **MEMORY_GB)
     option("--out", metavar="FOLDER", type=os.path.expanduser, help="folder for TABLE.csv, and for the "
            "checkpoint of a training that was interrupted (default: data/results if there is one, else "

@@ -6,6 +6,7 @@ import io
 import json
 import platform
 import re
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ ORIGIN = ("rso_numba", "python", "numpy", "numba", "machine", "threads", "backen
 COLUMNS = SETTINGS + FIGURES + ORIGIN
 
 
-def run(rows, path, data, seeds=3, *, rounds=None, backend="cpu", memory=MEMORY, progress=False):
+def run(rows, path, data, seeds=3, *, n_jobs=1, rounds=None, backend="cpu", memory=MEMORY, progress=False):
     """Train every row with every seed that the file does not have yet; yield each line when it is there.
 
     Parameters
@@ -34,10 +35,14 @@ def run(rows, path, data, seeds=3, *, rounds=None, backend="cpu", memory=MEMORY,
     data : Dataset
     seeds : int
         How many: 0..seeds - 1, all rows with the first before any with the second.
+    n_jobs : int
+        Trainings at once, in processes that share the cores; each has the whole `memory`.
     rounds : int or None
         RSO ends after so many, though its annealing is made for those of the row.
-    backend, memory, progress
+    backend, memory
         See `rso.train`.
+    progress : bool
+        Show a progress bar of each training, if they come one after the other.
 
     Yields
     ------
@@ -50,22 +55,35 @@ def run(rows, path, data, seeds=3, *, rounds=None, backend="cpu", memory=MEMORY,
         If an argument is out of range, the file is not one of results, or has a row of the same name and
         other settings.
     """
+    from joblib import Parallel, delayed  # here, for joblib takes a second
+
     path, rows = Path(path), [shortened(row, rounds) for row in rows]
     whole_number(seeds, "seeds")
+    whole_number(n_jobs, "n_jobs")
     make_folder(path.parent)
-    for seed in range(seeds):
-        for row in rows:
-            if is_done(path, row, seed):
-                continue
-            name = re.sub(r"\W+", "-", row.name).strip("-")
-            checkpoint = path.with_name(f"{path.stem}-{name}-{row.rounds}-{seed}.checkpoint.npz")
-            history = train(row, data, seed, backend=backend, memory=memory, progress=progress,
-                            checkpoint=checkpoint)
-            line = measured(row, seed, history, origin(backend))
+    missing = [(row, seed) for seed in range(seeds) for row in rows if not is_done(path, row, seed)]
+    how = dict(backend=backend, memory=memory, progress=progress and n_jobs == 1)
+    jobs = [delayed(_trained)(row, seed, data, checkpoint_of(path, row, seed), how) for row, seed in missing]
+    # one at a time, not a batch of short ones: a training that has ended is in the file at once
+    parallel = Parallel(n_jobs, return_as="generator_unordered", batch_size=1)
+    with closing(parallel(jobs)) as lines:
+        for line, checkpoint in lines:
             add(path, line)
             for file in path.parent.glob(f"{checkpoint.stem}*.npz"):  # the one before it, too
                 file.unlink()
             yield line
+
+
+def checkpoint_of(path, row, seed):
+    """Return the file beside `path` from which the training of a row and a seed can go on."""
+    name = re.sub(r"\W+", "-", row.name).strip("-")
+    return path.with_name(f"{path.stem}-{name}-{row.rounds}-{seed}.checkpoint.npz")
+
+
+def _trained(row, seed, data, checkpoint, how):
+    """Train, perhaps in a process of its own; return the line, and the checkpoint that nobody needs then."""
+    history = train(row, data, seed, checkpoint=checkpoint, **how)
+    return measured(row, seed, history, origin(how["backend"])), checkpoint
 
 
 def shortened(row, rounds):

@@ -114,6 +114,17 @@ def test_rounds_end_a_search_early_under_the_same_annealing(finished, few, tmp_p
     assert len(results.read(path)) == 5
 
 
+def test_trainings_at_once_are_those_in_turn(finished, few, tmp_path):
+    path = tmp_path / "table.csv"
+    lines = run(path, few, n_jobs=2)
+    assert results.read(path) == lines and list(tmp_path.iterdir()) == [path]
+
+    def sorted_lines(lines):
+        return sorted(without_seconds(lines), key=lambda line: (line["row"], line["seed"]))
+
+    assert sorted_lines(lines) == sorted_lines(results.read(finished))
+
+
 @pytest.mark.parametrize("unit, length", [("filter", 28), ("layer", 2), ("network", 1)])
 def test_larger_steps_are_compared_by_images(few, unit, length):
     row = Row("unit", "one_conv", 8, 2, overrides={"unit": unit})
@@ -215,6 +226,8 @@ def test_an_interrupted_command_prints_what_there_is(small_table, capsys, monkey
     (["table", "notebook", "--only", "x", "y"], "no row of the table 'notebook' has 'x' or 'y' in its name"),
     (["table", "notebook", "--seeds", "0"], "seeds is 0"),
     (["table", "notebook", "--rounds", "3"], "rounds is 3"),
+    (["table", "notebook", "--jobs", "0"], "n_jobs is 0"),
+    (["table", "notebook", "--jobs", "2", "--threads", "1"], "--threads is 1 and --jobs 2; expected one"),
 ])
 def test_errors_are_one_line(small_table, capsys, tmp_path, arguments, said):
     assert main([*arguments, *small_table[2:]]) == 2
