@@ -116,7 +116,7 @@ def figure_of(folder=RESULTS):
     """Return a figure of the notebook's table, a panel for each of its networks that there are lines of."""
     lines, panels = results.read(Path(folder, "notebook.csv")), {}
     for row in tables.NOTEBOOK:
-        own = [line for line in lines if line["row"] == row.name]
+        own = [line for line in lines if (line["row"], line["rounds"]) == (row.name, str(row.rounds))]
         if own:
             accuracies = [[float(a) for a in line["test_accuracy_by_round"].split()[1:]] for line in own]
             images = int(own[0]["images_forwarded"]) / row.rounds * np.arange(1, row.rounds + 1)

@@ -51,7 +51,8 @@ class Preset:
         Names of the parameters that are searched.
     test_statistics : {"first_2000", "running"}
         Statistics that BatchNorm uses outside the search: those of the first 2000 training images,
-        computed anew before each evaluation, or an exponential average over the mini-batches.
+        computed anew before each evaluation, or an exponential average over the mini-batches, which lags
+        behind the last trials.
     search_statistics : {"batch", "fixed"}
         Statistics that BatchNorm uses in the search: those of the mini-batch; or, before the layer that is
         being searched (one layer earlier where a shortcut enters it; for the last layer everywhere), those of

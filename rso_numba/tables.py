@@ -7,8 +7,8 @@ from .ablations import ABLATIONS
 from .rows import Published, Row
 
 
-def _notebook(model, batch_size, published):
-    return Row(f"RSO, {model}, batch {batch_size}", model, batch_size, 10, "notebook",
+def _notebook(model, batch_size, published, **overrides):
+    return Row(f"RSO, {model}, batch {batch_size}", model, batch_size, 10, "notebook", overrides,
                published=(published,))
 
 
@@ -16,7 +16,9 @@ def _notebook_sgd(model):
     return Row(f"SGD, {model}, batch 32", model, 32, 10, "notebook", {"learning_rate": 0.01}, "sgd")
 
 
-# accuracy, loss and seconds as the notebook's tables have them; of `original` it ran one round
+# Accuracy, loss and seconds as the notebook's tables have them; of `original` it ran one round. There a
+# BatchNorm takes away what the biases before it add, so rounding decides their trials. A round ends with
+# those of the first layer, and running averages, which the search does not use, lag behind them: see RESULTS.
 NOTEBOOK = (
     _notebook("one_conv", 32, Published(10, 0.8075, 0.632, 212)),
     _notebook("one_conv", 64, Published(10, 0.8353, 0.553, 345)),
@@ -28,8 +30,8 @@ NOTEBOOK = (
     _notebook("two_conv", 512, Published(10, 0.9397, 0.193, 19186)),
     _notebook("two_conv", 1000, Published(10, 0.9604, 0.126, 36464)),
     _notebook_sgd("two_conv"),
-    _notebook("original", 256, Published(1, seconds=5240)),
-    _notebook("original", 1000, Published(1, seconds=73042)),
+    _notebook("original", 256, Published(1, seconds=5240), test_statistics="first_2000"),
+    _notebook("original", 1000, Published(1, seconds=73042), test_statistics="first_2000"),
     _notebook_sgd("original"),
 )
 

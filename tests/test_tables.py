@@ -280,7 +280,8 @@ def test_published_figures_of_the_notebook():
     assert list(published.values()) == [()] * 3
     for row in tables.NOTEBOOK:
         assert row.preset == "notebook" and row.rounds == 10
-        assert row.overrides == ({"learning_rate": 0.01} if row.solver == "sgd" else {})
+        searched = {"test_statistics": "first_2000"} if row.model == "original" else {}
+        assert row.overrides == ({"learning_rate": 0.01} if row.solver == "sgd" else searched)
 
 
 def test_published_figures_of_the_paper():
@@ -346,6 +347,8 @@ def test_the_figure_has_a_panel_for_each_network(tmp_path):
     rso_row, sgd_row = tables.NOTEBOOK[0], tables.NOTEBOOK[9]
     for row in (rso_row, sgd_row):
         results.add(tmp_path / "notebook.csv", line_of(row, 0, 0.1, *[0.5] * 9, 0.9))
+    shorter = replace(rso_row, rounds=2)  # is left out
+    results.add(tmp_path / "notebook.csv", line_of(shorter, 1, 0.1, 0.2, 0.3))
     axes = pages.figure_of(tmp_path).axes
     assert [ax.get_title() for ax in axes] == ["one_conv", "two_conv"]
     assert [ax.get_lines()[0].get_label() for ax in axes] == ["RSO, batch 32", "SGD, batch 32"]
