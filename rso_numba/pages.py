@@ -57,11 +57,11 @@ def _cells(row, rounds, lines):
 
 
 def _published(row, rounds, figure, form):
-    """Return a published figure, with its rounds if they are others; "-" if there is none."""
+    """Return a published figure, with its rounds if these are known to be others; "-" if there is none."""
     for published in sorted(row.published, key=lambda published: published.rounds != rounds):
         value = getattr(published, figure)
         if value is not None:
-            after = "" if published.rounds == rounds else f" (round {published.rounds})"
+            after = "" if published.rounds in (rounds, None) else f" (round {published.rounds})"
             return f"{value:{form}}{after}"
     return "-"
 
@@ -113,11 +113,12 @@ def with_tables(text, folder=RESULTS):
 
 
 def figure_of(folder=RESULTS):
-    """Return a figure of the notebook's table, a panel for each of its networks that there are lines of."""
+    """Return a figure of the notebook's table, a panel for each of its networks that RSO has trained."""
     lines, panels = results.read(Path(folder, "notebook.csv")), {}
+    searched = {line["model"] for line in lines if line["solver"] == "rso"}
     for row in tables.NOTEBOOK:
         own = [line for line in lines if (line["row"], line["rounds"]) == (row.name, str(row.rounds))]
-        if own:
+        if own and row.model in searched:
             accuracies = [[float(a) for a in line["test_accuracy_by_round"].split()[1:]] for line in own]
             images = int(own[0]["images_forwarded"]) / row.rounds * np.arange(1, row.rounds + 1)
             label = f"{row.solver.upper()}, batch {row.batch_size}"
