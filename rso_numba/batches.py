@@ -1,8 +1,8 @@
 """Where the mini-batch of a trial comes from: three policies, which differ in `begin` and `draw`.
 
 `draw` returns images, labels and a key: the same key means the same images, so that an evaluator may
-use again what it computed for them; None means images that will not come again. `batch_size` may be changed
-before a visit begins.
+use again what it computed for them; None means images that will not come again. Images that may come again are
+`LazyImages`. `batch_size` may be changed before a visit begins.
 """
 
 import numpy as np
@@ -12,6 +12,33 @@ def size_of_round(batch_size, growth, c, rounds, n_images):
     """Return how many images a mini-batch has in round c = 1..rounds, see `Preset.growth`."""
     progress = (c - 1) / max(rounds - 1, 1)
     return min(max(1, round(batch_size * growth**progress)), n_images)
+
+
+class LazyImages:
+    """Images of a mini-batch, copied from the training set when `np.asarray` makes an array of them.
+
+    An evaluator that remembers a mini-batch never asks for its images again: a copy of all the shuffled
+    training set would be as large as the data, for nothing.
+
+    Parameters
+    ----------
+    images : ndarray (N, C, H, W), float32
+        The training set.
+    chosen : ndarray (n,), int
+        Which of them, in order.
+    """
+
+    def __init__(self, images, chosen):
+        self.images, self.chosen = images, chosen
+
+    def __len__(self):
+        return len(self.chosen)
+
+    def __getitem__(self, part):
+        return LazyImages(self.images, self.chosen[part])
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.images[self.chosen], dtype)
 
 
 class Batches:
@@ -39,6 +66,16 @@ class Batches:
 
     def set_state(self, state):
         """Go on from a state of the same batches, with which the next visit begins."""
+
+    def arrange(self, order):
+        """Bring the training set into an order, from which `part` takes mini-batches."""
+        self.order, self.labels = order, self.data.train_labels[order]
+
+    def part(self, i):
+        """Return images, labels and place of mini-batch i; the last one may be short."""
+        own = slice(i * self.batch_size, (i + 1) * self.batch_size)
+        images = LazyImages(self.data.train_images, self.order[own])
+        return images, self.labels[own], (own.start, own.stop)
 
     def is_due(self, index):
         """Return whether the trial of the weight at `index` needs a mini-batch of its own."""
@@ -72,24 +109,22 @@ class Slices(Batches):
     def begin(self, parameter):
         super().begin(parameter)
         if self.n_shuffles == 0 or parameter.name not in ("gamma", "beta"):
-            self._shuffle(self.rng.permutation(len(self.data.train_images)), self.n_shuffles + 1)
+            self.arrange(self.rng.permutation(len(self.data.train_images)))
+            self.n_shuffles += 1
         self.next = 0
-
-    def _shuffle(self, order, n_shuffles):
-        self.order, self.n_shuffles = order, n_shuffles
-        self.images, self.labels = self.data.train_images[order], self.data.train_labels[order]
 
     def state(self):
         return {"order": self.order, "n_shuffles": np.array(self.n_shuffles)} if self.n_shuffles else {}
 
     def set_state(self, state):
         if state:
-            self._shuffle(state["order"], int(state["n_shuffles"]))
+            self.arrange(state["order"])
+            self.n_shuffles = int(state["n_shuffles"])
 
     def draw(self):
-        own = slice(self.next * self.batch_size, (self.next + 1) * self.batch_size)
-        self.next = (self.next + 1) % (len(self.images) // self.batch_size)
-        return self.images[own], self.labels[own], (self.n_shuffles, own.start, own.stop)
+        images, labels, place = self.part(self.next)
+        self.next = (self.next + 1) % (len(self.order) // self.batch_size)
+        return images, labels, (self.n_shuffles, *place)
 
 
 class Partition(Batches):
@@ -100,13 +135,10 @@ class Partition(Batches):
 
     def __init__(self, data, batch_size, rng, hold="weight"):
         super().__init__(data, batch_size, rng, hold)
-        shuffled = rng.permutation(len(data.train_images))
-        self.images, self.labels = data.train_images[shuffled], data.train_labels[shuffled]
+        self.arrange(rng.permutation(len(data.train_images)))
 
     def draw(self):
-        i, size = int(self.rng.integers(-(-len(self.images) // self.batch_size))), self.batch_size
-        own = slice(i * size, (i + 1) * size)
-        return self.images[own], self.labels[own], (own.start, own.stop)
+        return self.part(int(self.rng.integers(-(-len(self.order) // self.batch_size))))
 
 
 POLICIES = {"fresh": Fresh, "slices": Slices, "partition": Partition}

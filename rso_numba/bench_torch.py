@@ -78,7 +78,7 @@ class TorchForward(FullForward):
         self.names = [getattr(step, "name", step) for step, _ in self.steps]
 
     def set_batch(self, images, labels, key=None):
-        self.x, self.labels = self.torch.from_numpy(images), self.torch.from_numpy(labels)
+        self.x, self.labels = map(self.torch.from_numpy, (np.asarray(images), labels))
 
     def propagate(self, stack, start=0, stop=None):
         """Return what the steps from `start` to before `stop` make of a stack: x, above what waits for it."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rso_numba import rso
-from rso_numba.batches import POLICIES, Fresh, Partition, Slices
+from rso_numba.batches import POLICIES, Fresh, LazyImages, Partition, Slices
 from rso_numba.datasets import Dataset
 from rso_numba.kernels import plain
 from rso_numba.layers import BatchNorm, Conv2D, Dense, Flatten
@@ -163,6 +163,26 @@ def test_batches_notebook_are_a_fixed_partition(small, rng):
     assert sorted(map(len, parts)) == [10, 20, 20, 20]
     assert sorted(sum(parts, ())) == list(range(70))
     assert any(a == b for a, b in zip(drawn, drawn[1:], strict=False))  # with replacement
+
+
+@pytest.mark.parametrize("preset, n_parts", [("authors", 3), ("notebook", 4)])
+def test_images_of_a_mini_batch_are_copied_only_when_it_is_new_in_a_layer(small, preset, n_parts, monkeypatch):
+    """What DeltaForward remembers of a mini-batch is enough: no trial asks for the images again."""
+    copied, as_array = [], LazyImages.__array__
+    monkeypatch.setattr(LazyImages, "__array__", lambda self, dtype=None, copy=None:
+                        (copied.append(self), as_array(self, dtype))[1])
+    _, trials = some_trials(small, n=None, model="two_conv", preset=preset, trained=("weight",), backend="cpu")
+    layers = ["dense1", "conv2", "conv1"]
+    assert len(trials) > 1000 and sorted({t.layer for t in trials}) == sorted(layers)
+    assert len(copied) == n_parts * len(layers)
+
+
+def test_lazy_images_are_those_of_the_training_set(small):
+    images = LazyImages(small.train_images, np.array([3, 1, 2]))
+    np.testing.assert_array_equal(np.asarray(images), small.train_images[[3, 1, 2]])
+    np.testing.assert_array_equal(images[1:], small.train_images[[1, 2]])
+    assert len(images) == 3 and len(images[1:]) == 2
+    assert np.asarray(images, np.float64).dtype == np.float64
 
 
 def test_presets_use_their_batches(small, monkeypatch):

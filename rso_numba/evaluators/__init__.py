@@ -2,8 +2,8 @@
 
 Every evaluator has the same three methods, and the search loop never knows which one it has:
 
-* `set_batch(images, labels, key=None)`: the question is about these images from now on; the same
-  key promises the same images;
+* `set_batch(images, labels, key=None)`: the question is about these images from now on, an array or
+  `batches.LazyImages`, of which np.asarray makes one; the same key promises the same images;
 * `losses(parameter, index, candidates)`: the mean loss for every candidate value of
   `parameter.value[index]`, the first of which is the weight as it is, float64;
 * `keep(parameter, index, value)`: this value stays.

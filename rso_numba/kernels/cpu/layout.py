@@ -28,7 +28,8 @@ def as_row(x):
 
 def pack(images):
     """Return images (N, ...) as (n_blocks, ..., LANES), filled up with zeros."""
-    rows = np.ascontiguousarray(images).reshape(len(images), -1)
+    images = np.ascontiguousarray(images)
+    rows = images.reshape(len(images), -1)
     x = empty((-(-len(images) // LANES), *images.shape[1:], LANES), images.dtype)
     pack_blocks(rows, x.reshape(len(x), -1, LANES))
     return x

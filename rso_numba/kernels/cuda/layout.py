@@ -25,7 +25,8 @@ def by_line(x):
 
 def pack(images):
     """Return NumPy images (N, ...) as (n_blocks, ..., LANES) on the GPU, filled up with zeros."""
-    rows = to_device(np.reshape(images, (len(images), -1)))
+    images = np.asarray(images)
+    rows = to_device(images.reshape(len(images), -1))
     x = empty((-(-len(images) // LANES), *images.shape[1:], LANES), images.dtype)
     launch(pack_kernel, len(x) * rows.shape[1], rows, by_row(x))
     return x
