@@ -1,8 +1,8 @@
 """Where the mini-batch of a trial comes from: three policies, which differ in `begin` and `draw`.
 
 `draw` returns images, labels and a key: the same key means the same images, so that an evaluator may
-use again what it computed for them; None means images that will not come again. Images that may come again are
-`LazyImages`. `batch_size` may be changed before a visit begins.
+use again what it computed for them; None means images that will not come again. Those that may come again
+are `LazyImages`. `batch_size` may be changed before a visit begins.
 """
 
 import numpy as np

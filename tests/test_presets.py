@@ -166,12 +166,13 @@ def test_batches_notebook_are_a_fixed_partition(small, rng):
 
 
 @pytest.mark.parametrize("preset, n_parts", [("authors", 3), ("notebook", 4)])
-def test_images_of_a_mini_batch_are_copied_only_when_it_is_new_in_a_layer(small, preset, n_parts, monkeypatch):
+def test_images_are_copied_only_when_their_mini_batch_is_new_in_a_layer(small, preset, n_parts, monkeypatch):
     """What DeltaForward remembers of a mini-batch is enough: no trial asks for the images again."""
     copied, as_array = [], LazyImages.__array__
     monkeypatch.setattr(LazyImages, "__array__", lambda self, dtype=None, copy=None:
                         (copied.append(self), as_array(self, dtype))[1])
-    _, trials = some_trials(small, n=None, model="two_conv", preset=preset, trained=("weight",), backend="cpu")
+    how = dict(model="two_conv", preset=preset, trained=("weight",), backend="cpu")
+    _, trials = some_trials(small, n=None, **how)
     layers = ["dense1", "conv2", "conv1"]
     assert len(trials) > 1000 and sorted({t.layer for t in trials}) == sorted(layers)
     assert len(copied) == n_parts * len(layers)
