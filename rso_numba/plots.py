@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from .files import written_beside
 from .rso import CHOICES, step_of
 
-COLOURS = ("#1f4e79", "#e08214", "#3a923a", "#7b3294")
+COLOURS = ("#1f4e79", "#e08214", "#3a923a", "#7b3294", "#c51b7d", "#4d4d4d")
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v")
 COLOUR_MAP = "cividis"  # its brightness grows evenly, so that it can be read in grey
@@ -167,7 +167,7 @@ def by_images(panels):
     -------
     Figure
     """
-    figure = Figure(figsize=(14, 4.3), layout="constrained")
+    figure = Figure(figsize=(14, 5.2), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, (title, lines) in zip(axes, panels.items(), strict=True):
         for i, (label, (images, accuracies)) in enumerate(lines.items()):
@@ -175,7 +175,7 @@ def by_images(panels):
             ax.fill_between(images, np.min(accuracies, axis=0), np.max(accuracies, axis=0), alpha=0.2,
                             color=COLOURS[i % len(COLOURS)], linewidth=0)
         ax.set_xscale("log")
-        ax.legend(fontsize=11, frameon=False)
+        ax.legend(fontsize=11, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
         _finish(ax, "images forwarded", AXIS_LABELS["test_accuracy"] if ax is axes[0] else "", title)
     return figure
 
