@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import sys
 import warnings
 from contextlib import suppress
@@ -32,7 +33,8 @@ def main(argv=None):
     -------
     int
         Exit status: 0; 1 if all was computed and written, but a picture could not be drawn or the output not
-        be printed; 2 after an error of the user or a training that diverged; 130 after Ctrl-C.
+        be printed; 2 after an error of the user or a training that diverged; 130 after Ctrl-C (of `table`
+        also after SIGTERM).
 
     Notes
     -----
@@ -255,12 +257,16 @@ def table(arguments):
         rounds=arguments.rounds, backend=arguments.backend, memory=arguments.memory * 1e9,
         progress=not arguments.no_progress)
     interrupted = False
+    # as Ctrl-C, which ends the processes of jobs: else they would go on alone, and what they reach be lost
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for line in lines:
             _note(f"{line['row']}, seed {line['seed']}: test accuracy {line['final_test_accuracy']} in "
                   f"{line['seconds']} s")
     except KeyboardInterrupt:
         interrupted = True
+    finally:
+        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
     status = _show(pages.render(arguments.name, results.read(path)))
     if interrupted:
         _note(f"interrupted; what has ended is in {path}, and the same command goes on")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import sklearn.datasets
@@ -12,11 +13,23 @@ import sklearn.datasets
 from rso_numba import datasets
 
 SIMULATED = "test_suites_in_the_simulator"
+OF_KERNELS = {"test_fusion", "test_kernels", "test_threads", "test_winograd"}
 
 
 def pytest_collection_modifyitems(items):
     """Wait for the simulator last."""
     items.sort(key=lambda item: item.name == SIMULATED)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Give kernels one thread, but in the tests that are of kernels all that there are.
+
+    Arrays of tests are small: a second thread saves nothing, and beside another process, such as the
+    simulator, it makes all take three times as long. (Tests of what depends on threads set them themselves.)
+    """
+    all_threads = numba.config.NUMBA_NUM_THREADS
+    numba.set_num_threads(all_threads if item.module.__name__ in OF_KERNELS else 1)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """Tables of results: what is trained, what a line of the file says, and what the pages show."""
 
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +12,21 @@ from rso_numba import ablations, build, datasets, markdown, pages, results, rso,
 from rso_numba.__main__ import main
 from rso_numba.history import History, Round
 from rso_numba.rows import Row, train
+
+# a table of two rows, whose trainings say that they have begun, and last
+LONG_TABLE = """
+import sys, time
+from rso_numba import __main__, datasets, results, tables
+
+def trained(*_):
+    print("begun", flush=True)
+    time.sleep(600)
+
+datasets.load = lambda *_: datasets.load_digits().subset(70, 30, rng=0)
+results._trained = trained
+tables.TABLES["notebook"] = tables.TABLES["notebook"][:2]
+sys.exit(__main__.main(sys.argv[1:]))
+"""
 
 N_WEIGHTS = 210  # of one_conv on 4 x 4 images
 ROWS = (
@@ -219,6 +236,20 @@ def test_an_interrupted_command_prints_what_there_is(small_table, capsys, monkey
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 3 and "| whole " in out
     assert "interrupted" in err and "the same command goes on" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM that a process can catch")
+def test_sigterm_ends_the_processes_of_jobs(tmp_path):
+    arguments = ["table", "notebook", "--quick", "--jobs", "2", "--out", str(tmp_path)]
+    command = [sys.executable, "-c", LONG_TABLE, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert [process.stdout.readline() for _ in range(2)] == 2 * ["begun\n"]
+        process.terminate()
+        try:
+            _, err = process.communicate(timeout=60)  # the pipes are open as long as one of them lives
+        finally:
+            process.kill()
+    assert process.returncode == 130 and "the same command goes on" in err
 
 
 @pytest.mark.parametrize("arguments, said", [
