@@ -7,10 +7,10 @@ import numpy as np
 from rso_numba import build, datasets, rso, sgd
 
 RUNS = {  # each takes some seconds
-    "paper": dict(model="one_conv", preset="paper", rounds=6, backend="numpy"),
-    "authors": dict(model="paper_mnist", preset="authors", rounds=10, backend="cpu", trained=("beta",)),
+    "paper": dict(model="one_conv", preset="paper", rounds=3, backend="numpy"),
+    "authors": dict(model="paper_mnist", preset="authors", rounds=5, backend="cpu", trained=("beta",)),
     "notebook": dict(model="two_conv", preset="notebook", rounds=1, backend="cpu"),
-    "sgd": dict(model="original", preset="paper", rounds=60, backend="numpy"),
+    "sgd": dict(model="original", preset="paper", rounds=10, backend="numpy"),
 }
 
 

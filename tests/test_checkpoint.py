@@ -79,8 +79,8 @@ def test_an_interrupted_search_goes_on_bit_for_bit(small, tmp_path, arguments):
 
 
 def test_fifty_rounds_are_stopped_ten_times(small, tmp_path):
-    # (of beta only: with all weights it takes minutes)
-    arguments = SMALL_NORMS | dict(backend="cpu", rounds=50, hold="filter", trained=("beta",))
+    # (of biases only: with all weights it takes minutes)
+    arguments = dict(preset="authors", backend="cpu", rounds=50, hold="filter", trained=("bias",))
     expected = run(small, **arguments)
     stops = np.random.default_rng(0).integers(1, expected[1].weights_visited // 12, 10).tolist()
     assert_same(interrupted(small, tmp_path / "rso.npz", stops, **arguments), expected)
