@@ -3,7 +3,6 @@
 import json
 import sys
 
-import numba
 import numpy as np
 import pytest
 
@@ -16,15 +15,13 @@ from rso_numba.evaluators.graph import Graph
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """The tests change quickly between libraries, whose idle threads would take each other's cores."""
-    threads, torch = numba.get_num_threads(), bench_torch.torch_or_none()
-    torch_threads = torch and torch.get_num_threads()
-    numba.set_num_threads(1)
+    torch = bench_torch.torch_or_none()
+    threads = torch and torch.get_num_threads()
     if torch:
         torch.set_num_threads(1)
     yield
-    numba.set_num_threads(threads)
     if torch:
-        torch.set_num_threads(torch_threads)
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -410,39 +410,32 @@ def test_epsilon_of_batchnorm(preset, epsilon, tmp_path):
         resolve("paper", epsilon=-1)
 
 
-@pytest.fixture
-def smallest(small):
-    """The same digits, 4x4, as small as paper_mnist takes them: NumPy computes three passes a trial."""
-    train, test = (images[:, :, ::2, ::2] for images in (small.train_images, small.test_images))
-    return Dataset(train, small.train_labels, test, small.test_labels, n_classes=10)
-
-
 @pytest.mark.parametrize("evaluation, backend", [("full", "numpy"), ("delta", "numpy"), ("delta", "cpu")])
-def test_the_authors_search_uses_fixed_statistics(evaluation, backend, smallest):
+def test_the_authors_search_uses_fixed_statistics(evaluation, backend, few):
     """In the last layer all of them; before another layer those that the last calibration has left."""
     network = build("paper_mnist", (1, 4, 4), rng=0, preset="authors")
     network.weights += np.random.default_rng(0).normal(0, 0.01, network.n_weights).astype(np.float32)
     calibrated = build("paper_mnist", (1, 4, 4), rng=0, preset="authors")
     calibrated.set_state(network.state())
-    calibrated.fit_scaling(smallest.train_images)
-    calibrated.calibrate(smallest.train_images)
-    stream = rso.trials(network, smallest, 1, 70, "authors", rng=0, evaluation=evaluation, backend=backend)
+    calibrated.fit_scaling(few.train_images)
+    calibrated.calibrate(few.train_images)
+    stream = rso.trials(network, few, 1, 70, "authors", rng=0, evaluation=evaluation, backend=backend)
     weight, decay = calibrated.parameters()[-1].value, np.float32(1 - 1e-4)
     for trial in stream:  # with slices of 70, every mini-batch is the whole training set
         if trial.layer != "dense1":
             break
         weight[trial.index] = trial.before * decay
-        loss, _ = calibrated.evaluate(smallest.train_images, smallest.train_labels)
+        loss, _ = calibrated.evaluate(few.train_images, few.train_labels)
         assert trial.losses[0] == pytest.approx(loss, rel=1e-5)
         weight[trial.index] = trial.after
 
 
 @pytest.mark.parametrize("evaluation, backend", [("full", "numpy"), ("delta", "numpy"), ("delta", "cpu")])
-def test_fixed_statistics_hold_before_the_searched_layer_only(evaluation, backend, smallest):
+def test_fixed_statistics_hold_before_the_searched_layer_only(evaluation, backend, few):
     losses = {}
     for statistics in ("fixed", "batch"):
         network = build("paper_mnist", (1, 4, 4), rng=0, preset="authors")
-        stream = rso.trials(network, smallest, 1, 20, "authors", rng=0, search_statistics=statistics,
+        stream = rso.trials(network, few, 1, 20, "authors", rng=0, search_statistics=statistics,
                             order="first_last", trained=("weight",), evaluation=evaluation, backend=backend)
         losses[statistics] = [trial.losses for trial in islice(stream, 146)]
     assert losses["fixed"][:144] == losses["batch"][:144]  # nothing stands before conv1

@@ -36,14 +36,6 @@ ROWS = (
 )
 
 
-@pytest.fixture(scope="module")
-def few():
-    """70 training and 30 test digits of 4 x 4 pixels."""
-    digits = datasets.load_digits().subset(70, 30, rng=0)
-    smaller = [images[:, :, ::2, ::2] for images in (digits.train_images, digits.test_images)]
-    return datasets.Dataset(smaller[0], digits.train_labels, smaller[1], digits.test_labels, n_classes=10)
-
-
 def run(path, data, rows=ROWS, seeds=2, **named):
     return list(results.run(rows, path, data, seeds, backend="numpy", **named))
 
