@@ -11,6 +11,7 @@ import hashlib
 import pathlib
 
 import numba
+from numba import types
 
 from . import threads
 
@@ -62,7 +63,24 @@ def _compile(function, parallel):
         function.__qualname__ = name
     if hasattr(compiled, "stats"):  # with NUMBA_DISABLE_JIT=1 it is the plain Python function
         _remove_stale(compiled.stats.cache_path)
+        _treat_integers_alike(compiled)
     return compiled
+
+
+def _treat_integers_alike(compiled):
+    """Compile a kernel once for all kernels that call it, whichever integers they pass.
+
+    Numba would compile it once more for a literal 0, for a literal 1, and for an index of `prange`, which is
+    unsigned: a fifth of all compilations.
+    """
+    call_template = compiled.get_call_template
+
+    def of_any_integer(arguments, keywords):
+        arguments = map(types.unliteral, arguments)
+        return call_template(tuple(types.int64 if isinstance(kind, types.Integer) else kind
+                                   for kind in arguments), keywords)
+
+    compiled.get_call_template = of_any_integer
 
 
 @functools.cache

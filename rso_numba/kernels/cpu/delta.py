@@ -155,12 +155,14 @@ def add_taps(taps, amounts, step, weight):
     # -> what is added to the bias, and which input channels are used
     bias, is_used = ZERO, np.zeros(len(weight), np.bool_)
     for t in range(len(amounts)):
-        c, row, column = taps[t]
+        c, row, column = taps[t, 0], taps[t, 1], taps[t, 2]
         if c < 0:
             bias += amounts[t]
         else:
             is_used[c] = True
-            weight[c, row : row + step, column : column + step] += amounts[t] / np.float32(step * step)
+            for h in range(row, row + step):
+                for w in range(column, column + step):
+                    weight[c, h, w] += amounts[t] / np.float32(step * step)
     return bias, is_used
 
 

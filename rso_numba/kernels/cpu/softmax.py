@@ -72,7 +72,8 @@ def loss_blocks(logits, labels, sums):
 def block_loss(logits, labels):
     # logits (n_classes, LANES), labels (up to LANES,): as cross_entropy_blocks, but exp of all lanes at once
     largest, total, result = np.empty(LANES, logits.dtype), np.zeros(LANES, logits.dtype), 0.0
-    largest[:] = logits[0]
+    for lane in range(LANES):
+        largest[lane] = logits[0, lane]
     for k in range(1, logits.shape[0]):
         for lane in range(LANES):
             largest[lane] = maximum(largest[lane], logits[k, lane])
