@@ -1,10 +1,5 @@
 """Shared fixtures: the backends that need no GPU, and data small enough for nested loops."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numba
 import numpy as np
 import pytest
@@ -12,52 +7,18 @@ import sklearn.datasets
 
 from rso_numba import datasets
 
-SIMULATED = "test_suites_in_the_simulator"
 OF_KERNELS = {"test_fusion", "test_kernels", "test_threads", "test_winograd"}
-
-
-def pytest_collection_modifyitems(items):
-    """Wait for the simulator last."""
-    items.sort(key=lambda item: item.name == SIMULATED)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Give kernels one thread, but in the tests that are of kernels all that there are.
 
-    Arrays of tests are small: a second thread saves nothing, and beside another process, such as the
-    simulator, it makes all take three times as long. (Tests of what depends on threads set them themselves.)
+    Arrays of tests are small: a second thread saves nothing, and beside another busy process it makes all
+    take three times as long. (Tests of what depends on threads set them themselves.)
     """
     all_threads = numba.config.NUMBA_NUM_THREADS
     numba.set_num_threads(all_threads if item.module.__name__ in OF_KERNELS else 1)
-
-
-@pytest.fixture(scope="session")
-def start_suites():
-    """Return a function that starts the suites of `cuda`, on a "GPU" or in Numba's "simulator"."""
-    suites = [Path(__file__).with_name(name) for name in ("cuda_suite.py", "cuda_search_suite.py")]
-
-    def start(where, output):
-        # the simulator has to be chosen before Numba is imported, so in a process of its own
-        environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": str(int(where == "simulator"))}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, suites)]
-        return subprocess.Popen(command, env=environment, cwd=suites[0].parents[1], stdout=output,
-                                stderr=subprocess.STDOUT)
-
-    return start
-
-
-@pytest.fixture(scope="session", autouse=True)
-def simulated(request, start_suites, tmp_path_factory):
-    """The process that runs the suites in the simulator, beside all other tests, and its output."""
-    if not any(item.name == SIMULATED for item in request.session.items):
-        yield None
-        return
-    path = tmp_path_factory.mktemp("simulator") / "output"
-    with open(path, "w") as output:
-        process = start_suites("simulator", output)
-    yield process, path
-    process.kill()
 
 
 @pytest.fixture(params=["cpu", "numpy"])

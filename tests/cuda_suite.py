@@ -1,7 +1,7 @@
 """The whole `cuda` backend, judged by nested loops and by its twin in NumPy.
 
 `test_cuda.py` runs this file in a process of its own, in Numba's simulator and on a GPU if there is one. The
-simulator starts a thread of Python for every thread of the GPU, so everything here is tiny.
+simulator runs every thread of the GPU in Python, so everything here is tiny.
 """
 
 

@@ -1,9 +1,11 @@
 """The `cuda` backend: its suite in processes of its own, and what is said where it cannot run."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,17 +15,16 @@ from rso_numba import kernels, models
 from rso_numba.__main__ import main
 
 
-def test_suites_in_the_simulator(simulated):
-    process, output = simulated  # begun with the first of all tests, because it takes minutes of one core
-    assert process.wait() == 0, output.read_text()
-
-
-def test_suites_on_the_gpu(start_suites, tmp_path):
-    if problem := kernels.gpu_problem():
+@pytest.mark.parametrize("where", ["simulator", "GPU"])
+def test_suites(where):
+    if where == "GPU" and (problem := kernels.gpu_problem()):
         pytest.skip(f"no GPU to run on: {problem}")
-    with open(tmp_path / "output", "w") as output:
-        process = start_suites("GPU", output)
-    assert process.wait() == 0, (tmp_path / "output").read_text()
+    suites = [Path(__file__).with_name(name) for name in ("cuda_suite.py", "cuda_search_suite.py")]
+    # the simulator has to be chosen before Numba is imported, so in a process of its own
+    environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": str(int(where == "simulator"))}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, suites)]
+    ended = subprocess.run(command, env=environment, cwd=suites[0].parents[1], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 def test_nothing_else_imports_cuda():
