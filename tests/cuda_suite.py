@@ -13,7 +13,7 @@ from numba import config, cuda
 from rso_numba import datasets, kernels, models, rso, sgd
 from rso_numba.kernels import plain
 from rso_numba.kernels.cuda import device, layout
-from rso_numba.kernels.cuda.convolution import conv2d_strided
+from rso_numba.kernels.cuda.convolution import SHARED, conv2d_strided
 from rso_numba.kernels.cuda.device import LANES
 from rso_numba.layers import (
     AvgPool,
@@ -54,7 +54,8 @@ def _close(found, expected):
 
 
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("shape, filters", [((N, 2, 4, 9), 5), ((1, 1, 3, 2), 4)], ids=str)
+@pytest.mark.parametrize("shape, filters", [
+    ((N, 2, 4, 9), 5), ((1, 1, 3, 2), 4), ((1, SHARED + 1, 1, 2), 3)], ids=str)  # the last in two parts
 def test_conv2d(k, rng, shape, size, filters):
     x, bias = _random(rng, *shape), _random(rng, filters)
     weight = _random(rng, filters, shape[1], size, size)
