@@ -176,7 +176,7 @@ def _compare_running_statistics(*networks):
     ("paper_cifar10", 11, {"sigma": 0.3, "search_statistics": "fixed", "test_statistics": "first_2000"}),
     ("projection", 4, {"hold": "filter", "search_statistics": "fixed", "test_statistics": "first_2000"})])
 def test_residual_networks_decide_as_numpy_does(name, every, settings):
-    """Every weight, or with `every` 4 a part of them: a trial takes the simulator a second."""
+    """Every weight, or with `every` 4 a part of them: a trial takes the simulator long."""
     networks, data, seen = [_network(name) for _ in range(2)], _data(2 * FEW), []
 
     def some_visits(*arguments):
