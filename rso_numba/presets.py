@@ -54,9 +54,9 @@ class Preset:
         computed anew before each evaluation, or an exponential average over the mini-batches, which lags
         behind the last trials.
     search_statistics : {"batch", "fixed"}
-        Statistics that BatchNorm uses in the search: those of the mini-batch; or, before the layer that is
-        being searched (one layer earlier where a shortcut enters it; for the last layer everywhere), those of
-        the first 2000 training images, computed anew when the search of the layer begins.
+        Statistics that BatchNorm uses in the search: those of the mini-batch; or, on the way to the layer
+        that is being searched (one layer earlier where a shortcut enters it; for the last layer everywhere),
+        those of the first 2000 training images, computed anew when the search of the layer begins.
     epsilon : float
         What BatchNorm adds to the variance. Used by `models.build`.
     step : {"gaussian", "uniform", "fixed"}

@@ -207,12 +207,12 @@ def test_the_graph_of_the_authors_block():
 
 
 def test_which_statistics_are_fixed():
-    """Those before the searched layer, one layer earlier where a shortcut enters, all for the last layer."""
+    """Those before the searched layer, one layer earlier where a shortcut enters; not those beside it."""
     graph = Graph(Network(authors_block(), (1, 6, 6), 3))
     assert graph.norms_before("conv1") == set()
-    assert graph.norms_before("conv2") == {"batchnorm1", "shortcut_batchnorm1"}
+    assert graph.norms_before("conv2") == {"batchnorm1"}
     assert graph.norms_before("shortcut_conv1") == {"batchnorm1"}
-    assert graph.norms_before("conv3") == {"batchnorm1", "shortcut_batchnorm1"}
+    assert graph.norms_before("conv3") == {"batchnorm1"}
     assert graph.norms_before("dense1") == {"batchnorm1", "batchnorm2", "batchnorm3", "shortcut_batchnorm1"}
 
 

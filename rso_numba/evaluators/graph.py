@@ -244,13 +244,18 @@ class Graph:
     def norms_before(self, layer):
         """Return the names of the BatchNorms before a layer that is being searched, as the authors take it.
 
-        That is before the node that its weights change, or one node before that if a shortcut enters it; for
-        the last layer all of them.
+        They keep the input of that layer, or of the one before it if a shortcut enters it: the BatchNorms
+        before are those that this input depends on. A BatchNorm in a shortcut beside it is not one of them.
         """
         node = self.node_of[layer]
         first = node.input.source if node.addends and node.input else node
-        nodes = self.nodes if node is self.nodes[-1] else self.nodes[: first.index]
-        return frozenset(norm.name for node in nodes for norm in node.norms)
+        before, waiting = set(), list(first.edges)
+        while waiting:
+            edge = waiting.pop()
+            if edge not in before:
+                before.add(edge)
+                waiting += edge.source.edges
+        return frozenset(edge.norm.name for edge in before if edge.norm)
 
 
 def first_epilogue(layers):
