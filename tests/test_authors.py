@@ -29,6 +29,7 @@ class Program:
     images : ndarray (N, C, H, W)
     labels : ndarray (N,)
     step : int
+        One in so many weights of an array is visited.
     """
 
     def __init__(self, name, weights, images, labels, step):
