@@ -244,8 +244,8 @@ class Graph:
     def norms_before(self, layer):
         """Return the names of the BatchNorms before a layer that is being searched, as the authors take it.
 
-        They keep the input of that layer, or of the one before it if a shortcut enters it: the BatchNorms
-        before are those that this input depends on. A BatchNorm in a shortcut beside it is not one of them.
+        Their program keeps the input of that layer, or of the one before it if a shortcut enters it: the
+        BatchNorms before are those that this input depends on. One in a shortcut beside it is none of them.
         """
         node = self.node_of[layer]
         first = node.input.source if node.addends and node.input else node
