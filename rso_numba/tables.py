@@ -63,8 +63,10 @@ def _better(model, batch_size, rounds, schedule, rso):
             Row(f"RSO, {model}, batch {batch_size}, best", preset="best", **case))
 
 
-# `best` with one setting more, for about as many images as `best` with mini-batches of 256
+# `best` with one setting more, for as many images as `best` with mini-batches of 64; then, or about, of 256
 MORE_SETTINGS = (
+    Row("RSO, one_conv, batch 64, best, hold='weight'", "one_conv", 64, 10, "best", {"hold": "weight"}),
+    Row("RSO, one_conv, batch 256, best, hold='weight'", "one_conv", 256, 10, "best", {"hold": "weight"}),
     Row("RSO, one_conv, batch 256, best, gate=1", "one_conv", 256, 10, "best", {"gate": 1.0}),
     Row("RSO, one_conv, batch 44, best, growth=16", "one_conv", 44, 10, "best", {"growth": 16.0}),
     Row("RSO, one_conv, batch 256, best, fraction=0.1", "one_conv", 256, 100, "best", {"fraction": 0.1}),
