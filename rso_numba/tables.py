@@ -63,7 +63,7 @@ def _better(model, batch_size, rounds, schedule, rso):
             Row(f"RSO, {model}, batch {batch_size}, best", preset="best", **case))
 
 
-# `best` with one setting more, for as many images as `best` with mini-batches of 64; then, or about, of 256
+# `best` with one setting more, for about as many images as `best` with mini-batches of 64, and of 256
 MORE_SETTINGS = (
     Row("RSO, one_conv, batch 64, best, hold='weight'", "one_conv", 64, 10, "best", {"hold": "weight"}),
     Row("RSO, one_conv, batch 256, best, hold='weight'", "one_conv", 256, 10, "best", {"hold": "weight"}),
