@@ -176,8 +176,10 @@ def conv2d_tile(flat, b, t, ahead, at, columns, filters, started, o, pixels):
     if started:
         y = load_tile(flat.start, b, o, pixels)
         prefetch_tile(flat.start, ahead, o, pixels)
-    if weight.shape[1] == 3:  # a constant, for loops that can be unrolled
+    if weight.shape[1] == 3:  # constants, for loops that can be unrolled
         return plus_taps(flat.x, t, at, columns, weight, o, 3, y)
+    if weight.shape[1] == 4:
+        return plus_taps(flat.x, t, at, columns, weight, o, 4, y)
     return plus_taps(flat.x, t, at, columns, weight, o, weight.shape[1], y)
 
 
