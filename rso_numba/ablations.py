@@ -54,8 +54,9 @@ def _changed(finding="", **overrides):
 
 
 def _unit(unit, finding=""):
-    # a shuffle for each of few trials would take all the time, and annealing would go by rounds of few trials
-    overrides = {"unit": unit, "batches": "partition", "annealing": None}
+    # A larger unit has few trials in a round and as many more rounds. A shuffle for each round would take all
+    # the time, annealing would go by rounds, and a weight would be decayed at each of thousands of visits.
+    overrides = {"unit": unit, "batches": "partition", "annealing": None, "weight_decay": 0.0}
     return Setting(f"unit={unit!r}, images of 1 round", overrides, finding, models=("one_conv",), rounds=1)
 
 

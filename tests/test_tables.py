@@ -284,7 +284,8 @@ def test_an_ablation_changes_one_thing():
             if row.batch_size != ablations.MODELS[model]["batch_size"]:
                 changed.add("batch_size")
             if setting.name.startswith("unit="):  # compared with each other
-                assert changed | {"unit"} == {"unit", "batches", "annealing"} and row.rounds == 1
+                together = {"unit", "batches", "annealing", "weight_decay"}
+                assert changed | {"unit"} == together and row.rounds == 1
             elif not setting.name.startswith("preset"):
                 assert len(changed) == 1, setting.name
 
