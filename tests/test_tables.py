@@ -385,6 +385,15 @@ def test_the_figure_has_a_panel_for_each_network(tmp_path):
     assert list(images) == [100 * i for i in range(1, 11)] and list(accuracies) == [*[0.5] * 9, 0.9]
 
 
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_what_was_measured_is_of_the_rows_as_they_are(name):
+    rows = {row.name: row for row in tables.TABLES[name]}
+    for line in results.read(pages.RESULTS / f"{name}.csv"):
+        row = results.shortened(rows[line["row"]], int(line["rounds"]))
+        expected = results.of_row(row, int(line["seed"]))
+        assert {column: line[column] for column in expected} == expected
+
+
 @pytest.mark.parametrize("page, names", [("README.md", ["notebook", "paper"]),
                                          ("RESULTS.md", ["notebook", "paper", "better", "ablations"])])
 def test_pages_show_what_was_measured(page, names):
