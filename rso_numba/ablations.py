@@ -95,8 +95,8 @@ SETTINGS = (
     _unit("weight", "What the other units are compared with."),
     _unit("filter", "Higher with each seed: so early, many trials of a filter are worth more than one of "
                     "each weight. But each takes whole forward passes."),
-    _unit("layer", "Higher with each seed, too, but with more than twice the loss: each step that is kept is "
-                   "of hundreds of weights, and they grow."),
+    _unit("layer", "Higher with each seed, too, but with about twice the loss: nearly all steps that are "
+                   "kept are of the dense layer's thousands of weights, which grow."),
     _unit("network", "Little better than guessing: of 7,890 steps 13 to 15 are kept."),
 )
 ABLATIONS = tuple(setting.row(model) for model in MODELS for setting in SETTINGS if model in setting.models)
