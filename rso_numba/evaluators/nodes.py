@@ -5,7 +5,6 @@ import numpy as np
 from ..kernels import cpu
 from ..kernels.cpu.activations import computed
 from ..kernels.cpu.convolution import conv2d_fused
-from ..kernels.cpu.delta import merged_with_avgpool
 from ..kernels.cpu.dense import dense_fused
 from ..kernels.cpu.fusion import Deferred, Epilogue, deferred
 from ..kernels.cpu.lanes import LANES
@@ -121,10 +120,8 @@ def apply_linear(node, z, epilogue, share, channels=slice(None), start=None, y=N
     """
     if epilogue is None:  # a dense layer does not mind in which shape its input comes
         z, epilogue = deferred(as_row(z) if node.is_dense else z)
-    weight = node.linear.weight[:, channels]
-    if node.step == 2:
-        weight = merged_with_avgpool(weight)
-    weight, counted = np.ascontiguousarray(weight), share.n_own if node.norms else None
+    weight = np.ascontiguousarray(node.linear.weight[:, channels])
+    counted = share.n_own if node.norms else None
     if node.is_dense:
         start, y = (a if a is None else a.reshape(len(a), -1, LANES) for a in (start, y))
         y = as_maps(dense_fused(z, epilogue, weight, node.linear.bias, start, y))

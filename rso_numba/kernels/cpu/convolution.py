@@ -12,7 +12,19 @@ from numba import prange
 from ..compiling import formula, kernel, parallel_kernel
 from .activations import computed
 from .fusion import deferred, load_padded, pooled_shape
-from .lanes import LANES, WIDE, broadcast, first_lanes, load, multiply_add, store_fence, sum_lanes
+from .lanes import (
+    LANES,
+    WIDE,
+    add,
+    broadcast,
+    first_lanes,
+    load,
+    multiply,
+    multiply_add,
+    store,
+    store_fence,
+    sum_lanes,
+)
 from .layout import add_blocks
 from .memory import block_range, empty, n_threads_of, scratch, workspace_of, workspaces
 from .norms import around_means, count_pixels, deviations
@@ -62,14 +74,15 @@ def conv2d_fused(z, epilogue, weight, bias, n_images, start=None, stride=1, y=No
     epilogue : Epilogue
         Makes x (n_blocks, C_in, h, w, LANES) of z. Only one thread's part of x exists at a time.
     weight : ndarray (C_out, C_in, k, k)
-        k is 3 or 1; with stride 2 it is 4 or 2.
+        k is 3 or 1.
     bias : ndarray (C_out,)
     n_images : int or None
         With None, no statistics are computed.
     start : ndarray (n_blocks, C_out, h // stride, w // stride, LANES) or None
         What the products are added to, instead of the bias.
     stride : {1, 2}
-        2 is for filters that an average pool was merged into (`delta.merged_with_avgpool`).
+        2 is with the average pool behind it. The mean of four outputs is what the filter makes of means of
+        four inputs: it passes over the means of all squares of 2x2, in steps of 2.
     y : ndarray like `start`, or None
         Where the result is written; it may be `start`.
     exact_zeros : bool
@@ -94,7 +107,7 @@ def conv2d_fused(z, epilogue, weight, bias, n_images, start=None, stride=1, y=No
         output = Output(y, start, started, nontemporal)
         winograd_blocks(z, epilogue, filters, n_images or 0, output, statistics, workspace)
     else:
-        workspace = Workspace(padded_workspace(shape, weight.shape[2], stride, z.dtype), sums)
+        workspace = Workspace(padded_workspace(shape, weight.shape[2] + stride - 1, stride, z.dtype), sums)
         conv2d_blocks(z, epilogue, filters, start, started, stride, nontemporal, n_images or 0, y, statistics,
                       workspace)
     return y, statistics
@@ -130,8 +143,7 @@ def conv2d_share(t, z, flat, epilogue, filters, started, stride, nontemporal, n_
     # start, y (n_blocks, C_out, n_pixels, LANES); shape is (h, w) of y
     padded, sums = workspace.padded, workspace.sums
     size, (height, width), columns = filters.weight.shape[1], shape, padded.shape[3]
-    margin = (size - 1) // 2  # also of 4x4 filters, which an average pool was merged into
-    n_rows = (padded.shape[2] - size) // stride + 1
+    margin, n_rows = (size - 1) // 2, (padded.shape[2] - size - stride + 1) // stride + 1
     n_tiles, is_counted = sums.shape[1] // CHANNELS, statistics.shape[1] > 0
     begin, stop = block_range(t, len(padded), len(z))
     for b in range(begin, stop):
@@ -141,6 +153,8 @@ def conv2d_share(t, z, flat, epilogue, filters, started, stride, nontemporal, n_
         part_size = prefetch_size(flat.z, n_tiles * max(1, height * width // PIXELS), b + 1 < stop)
         for first in range(0, height, n_rows):  # strip by strip
             load_padded(z, b, 0, z.shape[1], epilogue, 0, stride * first - margin, margin, padded, t)
+            if stride == 2:
+                square_means(padded, t)
             end = min(first + n_rows, height) * width
             for p in range(first * width, end, PIXELS):
                 pixels, counts = (p, min(p + 1, end - 1)), (is_real, is_real if p + 1 < end else nothing)
@@ -156,6 +170,19 @@ def conv2d_share(t, z, flat, epilogue, filters, started, stride, nontemporal, n_
         if is_counted:
             around_means(sums, t, height * width * n_lanes, statistics, b)
     store_fence()
+
+
+@kernel
+def square_means(padded, t):
+    # padded[t] (C_in, rows, columns, LANES), in place: each pixel becomes the mean of the square of 2x2 of
+    # which it is the upper left one
+    for c in range(padded.shape[1]):
+        for i in range(padded.shape[2] - 1):
+            left = add(load(padded, (t, c, i, 0)), load(padded, (t, c, i + 1, 0)))
+            for j in range(padded.shape[3] - 1):
+                right = add(load(padded, (t, c, i, j + 1)), load(padded, (t, c, i + 1, j + 1)))
+                store(padded, (t, c, i, j), multiply(1 / 4, add(left, right)))
+                left = right
 
 
 @formula
@@ -176,10 +203,8 @@ def conv2d_tile(flat, b, t, ahead, at, columns, filters, started, o, pixels):
     if started:
         y = load_tile(flat.start, b, o, pixels)
         prefetch_tile(flat.start, ahead, o, pixels)
-    if weight.shape[1] == 3:  # constants, for loops that can be unrolled
+    if weight.shape[1] == 3:  # a constant, for loops that can be unrolled
         return plus_taps(flat.x, t, at, columns, weight, o, 3, y)
-    if weight.shape[1] == 4:
-        return plus_taps(flat.x, t, at, columns, weight, o, 4, y)
     return plus_taps(flat.x, t, at, columns, weight, o, weight.shape[1], y)
 
 

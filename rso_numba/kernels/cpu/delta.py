@@ -37,27 +37,6 @@ Filter = namedtuple("Filter", "weight bias is_used")  # of one output channel, s
 Workspace = namedtuple("Workspace", "padded tiles")  # of all threads, see `filter_blocks`
 
 
-def merged_with_avgpool(weight):
-    """Return filters (C_out, C_in, k + 1, k + 1) whose outputs, at stride 2, are means of those of weight."""
-    merged = np.zeros((*weight.shape[:2], weight.shape[2] + 1, weight.shape[3] + 1), weight.dtype)
-    add_quarters(weight, merged)
-    return merged
-
-
-@kernel
-def add_quarters(weight, merged):
-    # weight (C_out, C_in, k, k), merged (C_out, C_in, k + 1, k + 1) of zeros
-    for o in range(weight.shape[0]):
-        for c in range(weight.shape[1]):
-            for h in range(weight.shape[2]):
-                for w in range(weight.shape[3]):
-                    quarter = weight[o, c, h, w] / 4
-                    merged[o, c, h, w] += quarter
-                    merged[o, c, h, w + 1] += quarter
-                    merged[o, c, h + 1, w] += quarter
-                    merged[o, c, h + 1, w + 1] += quarter
-
-
 def channel_direction(x, taps, amounts, size, step, z=None, k=0, mean=None, n_images=0, direction=None,
                       k_out=0):
     """Return by what changes of weights change channel k of z, and sums of it if z has a `mean` there.

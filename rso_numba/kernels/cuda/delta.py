@@ -93,7 +93,7 @@ def decide_kernel(trial, weights, position, delta, decay, wants_vertex, sums, n_
 
 @cuda.jit
 def merge_kernel(weight, merged):
-    # weight (n, C_in, size, size) -> merged (n, C_in, size + 1, size + 1), as cpu's `merged_with_avgpool`
+    # weight (n, C_in, size, size) -> merged (n, C_in, size + 1, size + 1)
     lane, row = cuda.grid(2)
     size, n_in = weight.shape[2], weight.shape[1]
     for task in range(row * LANES + lane, merged.size, cuda.gridsize(2)[1] * LANES):
