@@ -5,12 +5,13 @@ from itertools import islice
 import naive
 import numpy as np
 import pytest
+from networks import narrow
 
-from rso_numba import rso
+from rso_numba import models, rso
 from rso_numba.batches import POLICIES, Fresh, LazyImages, Partition, Slices
 from rso_numba.datasets import Dataset
 from rso_numba.kernels import plain
-from rso_numba.layers import BatchNorm, Conv2D, Dense, Flatten
+from rso_numba.layers import BatchNorm, Conv2D, Dense, Flatten, Standardize
 from rso_numba.models import Network, build
 from rso_numba.presets import PRESETS, resolve
 from rso_numba.visits import annealing_factor, draw_step, sigmas, visiting_order, visits, weight_indices
@@ -410,12 +411,18 @@ def test_epsilon_of_batchnorm(preset, epsilon, tmp_path):
         resolve("paper", epsilon=-1)
 
 
+def narrow_paper_mnist():
+    """Return the authors' network with two filters a layer, for images of 4x4."""
+    network = Network([Standardize(), *narrow(models.paper_mnist(10), 8)], (1, 4, 4), 10)
+    network.initialize("authors", np.random.default_rng(0))
+    return network
+
+
 @pytest.mark.parametrize("evaluation, backend", [("full", "numpy"), ("delta", "numpy"), ("delta", "cpu")])
 def test_the_authors_search_uses_fixed_statistics(evaluation, backend, few):
     """In the last layer all of them; before another layer those that the last calibration has left."""
-    network = build("paper_mnist", (1, 4, 4), rng=0, preset="authors")
+    network, calibrated = narrow_paper_mnist(), narrow_paper_mnist()
     network.weights += np.random.default_rng(0).normal(0, 0.01, network.n_weights).astype(np.float32)
-    calibrated = build("paper_mnist", (1, 4, 4), rng=0, preset="authors")
     calibrated.set_state(network.state())
     calibrated.fit_scaling(few.train_images)
     calibrated.calibrate(few.train_images)
@@ -434,12 +441,11 @@ def test_the_authors_search_uses_fixed_statistics(evaluation, backend, few):
 def test_fixed_statistics_hold_before_the_searched_layer_only(evaluation, backend, few):
     losses = {}
     for statistics in ("fixed", "batch"):
-        network = build("paper_mnist", (1, 4, 4), rng=0, preset="authors")
-        stream = rso.trials(network, few, 1, 20, "authors", rng=0, search_statistics=statistics,
+        stream = rso.trials(narrow_paper_mnist(), few, 1, 20, "authors", rng=0, search_statistics=statistics,
                             order="first_last", trained=("weight",), evaluation=evaluation, backend=backend)
-        losses[statistics] = [trial.losses for trial in islice(stream, 146)]
-    assert losses["fixed"][:144] == losses["batch"][:144]  # nothing stands before conv1
-    assert losses["fixed"][144:] != losses["batch"][144:]  # batchnorm1 stands before conv2
+        losses[statistics] = [trial.losses for trial in islice(stream, 20)]
+    assert losses["fixed"][:18] == losses["batch"][:18]  # nothing stands before conv1
+    assert losses["fixed"][18:] != losses["batch"][18:]  # batchnorm1 stands before conv2
 
 
 @pytest.mark.parametrize("unit, n_trials", [("filter", 3), ("layer", 3), ("network", 1)])

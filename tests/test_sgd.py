@@ -1,27 +1,23 @@
 """Backpropagation against differences, and stochastic gradient descent."""
 
 import naive
+import networks
 import numpy as np
 import pytest
-from test_models import naive_logits
 
 from rso_numba import models, sgd
-from rso_numba.layers import Standardize
 from rso_numba.models import Network, build
 
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_gradients_equal_central_differences_of_nested_loops(name, rng):
-    """Every layer kind of every model, in float64."""
-    layers = [Standardize(), *models.MODELS[name](3)]
-    network = Network(layers, (1, 4, 4), 3, dtype=np.float64)
-    network.initialize("he", rng)
-    network.weights += rng.normal(0, 0.1, network.n_weights)  # biases, gamma and beta, too
-    images, labels = rng.random((3, 1, 4, 4), np.float32), np.array([0, 1, 2])
+    """Every layer kind of every model, with fewer filters, in float64."""
+    network = networks.small_network(name, rng, np.float64)
+    images, labels = rng.random((3, *networks.IMAGE_SHAPE), np.float32), np.array([0, 1, 2])
     found = sgd.gradients(network, images, labels, backend="numpy")
 
     def loss(_):
-        return naive.mean_loss(naive_logits(network, images, batch_statistics=True), labels)
+        return naive.mean_loss(networks.naive_logits(network, images, batch_statistics=True), labels)
 
     for parameter, gradient in zip(network.parameters(), found, strict=True):
         assert gradient.shape == parameter.value.shape
