@@ -15,6 +15,7 @@ is the sum of the pools.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ..kernels import formulas
 from ..layers import (
@@ -102,7 +103,7 @@ class Node:
         """Whether it is the output of a dense layer."""
         return isinstance(self.linear, Dense)
 
-    @property
+    @cached_property
     def norms(self):
         """The BatchNorms that read this node. All take the same statistics."""
         return list(dict.fromkeys(edge.norm for edge in self.outputs if edge.norm))
