@@ -255,6 +255,9 @@ def test_memory_bounds_what_is_kept_and_changes_no_loss(small):
         for evaluator, size in zip(evaluators, memory, strict=True):
             assert sum(len(chunk) for chunk, _ in evaluator.cache.arena.chunks) <= size
     assert [len(evaluator.cache.arena.chunks) for evaluator in evaluators] == [1, 1, 0]
+    for size in (-1, "1e9"):
+        with pytest.raises((ValueError, TypeError), match="memory"):
+            rso.trials(network, small, 1, 16, memory=size)
 
 
 def test_who_evaluates():
