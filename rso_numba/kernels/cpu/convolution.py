@@ -10,6 +10,7 @@ import numpy as np
 from numba import prange
 
 from ..compiling import formula, kernel, parallel_kernel
+from ..formulas import QUARTER
 from .activations import computed
 from .fusion import deferred, load_padded, pooled_shape
 from .lanes import (
@@ -143,7 +144,7 @@ def conv2d_share(t, z, flat, epilogue, filters, started, stride, nontemporal, n_
     # start, y (n_blocks, C_out, n_pixels, LANES); shape is (h, w) of y
     padded, sums = workspace.padded, workspace.sums
     size, (height, width), columns = filters.weight.shape[1], shape, padded.shape[3]
-    margin, n_rows = (size - 1) // 2, (padded.shape[2] - size - stride + 1) // stride + 1
+    margin, n_rows = (size - 1) // 2, (padded.shape[2] - size + 1) // stride
     n_tiles, is_counted = sums.shape[1] // CHANNELS, statistics.shape[1] > 0
     begin, stop = block_range(t, len(padded), len(z))
     for b in range(begin, stop):
@@ -181,7 +182,7 @@ def square_means(padded, t):
             left = add(load(padded, (t, c, i, 0)), load(padded, (t, c, i + 1, 0)))
             for j in range(padded.shape[3] - 1):
                 right = add(load(padded, (t, c, i, j + 1)), load(padded, (t, c, i + 1, j + 1)))
-                store(padded, (t, c, i, j), multiply(1 / 4, add(left, right)))
+                store(padded, (t, c, i, j), multiply(QUARTER, add(left, right)))
                 left = right
 
 
