@@ -313,13 +313,13 @@ def train(network, data, rounds=10, batch_size=1024, preset="paper", *, evaluati
         _end_round(history, network, data, settings, backend)
     layers, n_images = layers_of_round(network, settings), len(data.train_images)
     n_trials, is_over = rounds * sum(sum(lengths) for _, lengths in layers), saved.is_finished
+    sizes = [size_of_round(batch_size, settings.growth, c, rounds, n_images) for c in range(1, rounds + 1)]
     with (ProgressBar(n_trials, "weight", "RSO", progress) as bar, saved,
           TrialLog(trial_log, history.weights_visited) as log):
         bar.update(history.weights_visited)
 
         def take_note(trial):
-            images = 3 * size_of_round(batch_size, settings.growth, trial.round, rounds, n_images)
-            history.add_trial(trial, images, track_trials)
+            history.add_trial(trial, 3 * sizes[trial.round - 1], track_trials)
             log.write(trial)
             bar.update()
             saved.after_trial()

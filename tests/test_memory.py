@@ -20,6 +20,7 @@ from rso_numba.kernels.cpu.lanes import LANES
 def nothing_waits(monkeypatch):
     memory._waiting.clear()
     monkeypatch.setattr(memory, "_waiting_bytes", [0])
+    monkeypatch.setattr(memory, "SMALLEST", 4096)  # so that arrays need not be large here
 
 
 def address(array):
@@ -57,8 +58,10 @@ def test_no_more_waits_than_allowed(monkeypatch):
 
 
 def test_small_arrays_do_not_wait():
-    memory.empty((3,), np.float32)
+    memory.empty((1023,), np.float32)
     assert memory._waiting_bytes == [0]
+    memory.empty((1024,), np.float32)
+    assert memory._waiting_bytes == [4096]
 
 
 def test_sizes_that_nobody_asks_for_make_room(monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rso_numba.kernels import cpu, formulas, plain
-from rso_numba.kernels.cpu import convolution, tiles, winograd
+from rso_numba.kernels.cpu import convolution, memory, tiles, winograd
 from rso_numba.kernels.cpu.convolution import conv2d_before_norm, conv2d_fused
 from rso_numba.kernels.cpu.fusion import Epilogue, no_epilogue
 from rso_numba.kernels.cpu.norms import mean_and_variance
@@ -28,6 +28,7 @@ def draw(rng, shape, n_filters, dtype=np.float32):
 def test_outputs_and_statistics(shape, n_filters, strip, size, rng, monkeypatch):
     monkeypatch.setattr(tiles, "STRIP", strip)
     monkeypatch.setattr(convolution, "NONTEMPORAL_BYTES", size)
+    monkeypatch.setattr(memory, "SMALLEST", 0)  # the output begins a cache line
     x, weight, bias = draw(rng, shape, n_filters)
     expected = plain.conv2d_forward(*(a.astype(np.float64) for a in (x, weight, bias)))
     x = cpu.pack(x)

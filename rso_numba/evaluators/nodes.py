@@ -6,7 +6,7 @@ from ..kernels import cpu
 from ..kernels.cpu.activations import computed
 from ..kernels.cpu.convolution import conv2d_fused
 from ..kernels.cpu.dense import dense_fused
-from ..kernels.cpu.fusion import Deferred, Epilogue, deferred
+from ..kernels.cpu.fusion import Deferred, Epilogue, deferred, unscaled
 from ..kernels.cpu.lanes import LANES
 from ..kernels.cpu.layout import as_maps, as_row
 from ..passes import Pass
@@ -80,12 +80,12 @@ class Values:
 
 def epilogue(edge, statistics, fixed=frozenset(), channels=slice(None)):
     """Return the `Epilogue` of an edge; `statistics` are those of these channels of its source."""
-    n_channels = len(range(edge.source.shape[0])[channels])
-    scale, shift = np.ones(n_channels, np.float32), np.zeros(n_channels, np.float32)
-    if edge.norm:
-        if edge.norm.name in fixed:
-            statistics = edge.norm.running_mean[channels], edge.norm.running_variance[channels]
-        scale, shift = (a.astype(np.float32) for a in edge.norm.scale_and_shift(*statistics, channels))
+    if not edge.norm:
+        n_channels = len(range(edge.source.shape[0])[channels])
+        return Epilogue(*unscaled(n_channels, np.dtype(np.float32)), edge.relu, edge.pool)
+    if edge.norm.name in fixed:
+        statistics = edge.norm.running_mean[channels], edge.norm.running_variance[channels]
+    scale, shift = (a.astype(np.float32) for a in edge.norm.scale_and_shift(*statistics, channels))
     return Epilogue(scale, shift, edge.relu, edge.pool)
 
 

@@ -27,7 +27,7 @@ from .lanes import (
     sum_lanes,
 )
 from .layout import add_blocks
-from .memory import block_range, empty, n_threads_of, scratch, workspace_of, workspaces
+from .memory import ALIGNMENT, block_range, empty, n_threads_of, scratch, workspace_of, workspaces
 from .norms import around_means, count_pixels, deviations
 from .tiles import (
     CHANNELS,
@@ -45,7 +45,7 @@ from .tiles import (
 )
 from .winograd import AT_ONCE, Output, pays, winograd_blocks, winograd_workspace
 
-NONTEMPORAL_BYTES = 2**23  # larger outputs are written past the caches
+NONTEMPORAL_BYTES = 2**23  # larger outputs are written past the caches, if they begin a cache line
 
 Flat = namedtuple("Flat", "z x start y")  # views of a convolution's arrays, with pixels as one axis
 Workspace = namedtuple("Workspace", "padded sums")  # of all threads, see `conv2d_blocks`
@@ -102,7 +102,8 @@ def conv2d_fused(z, epilogue, weight, bias, n_images, start=None, stride=1, y=No
     by_winograd = not (stride > 1 or exact_zeros) and pays(weight, shape)
     filters = side_by_side(weight, bias, AT_ONCE if by_winograd else CHANNELS)
     sums = workspaces("sums", (len(filters.bias), 3, LANES), z.dtype)
-    nontemporal, start = y.nbytes > NONTEMPORAL_BYTES, start if started else y
+    nontemporal = y.nbytes > NONTEMPORAL_BYTES and y.ctypes.data % ALIGNMENT == 0
+    start = start if started else y
     if by_winograd:
         workspace = winograd_workspace(shape, filters, sums)
         output = Output(y, start, started, nontemporal)

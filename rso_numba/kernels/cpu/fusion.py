@@ -5,6 +5,7 @@ memory than as arithmetic. Together they are the *epilogue* of the layer before 
 next convolution copies its input into its workspace, which it does anyway.
 """
 
+import functools
 from collections import namedtuple
 
 import numpy as np
@@ -36,9 +37,15 @@ class Deferred(namedtuple("Deferred", "z epilogue")):
 MaskedGradient = namedtuple("MaskedGradient", "dy y")
 
 
+@functools.cache
+def unscaled(n_channels, dtype):
+    """Return scale and shift (C,) that change nothing, the same at each call: nobody may write to them."""
+    return np.ones(n_channels, dtype), np.zeros(n_channels, dtype)
+
+
 def no_epilogue(z):
     """Return the Epilogue that changes nothing in z (n_blocks, C, ..., LANES)."""
-    return Epilogue(np.ones(z.shape[1], z.dtype), np.zeros(z.shape[1], z.dtype), False, NO_POOL)
+    return Epilogue(*unscaled(z.shape[1], z.dtype), False, NO_POOL)
 
 
 def of_channels(epilogue, channels):

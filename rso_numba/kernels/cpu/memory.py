@@ -16,7 +16,9 @@ from numba import get_num_threads, prange
 from ..compiling import formula, parallel_kernel
 
 ALIGNMENT = 64  # bytes in a cache line and in a register of AVX-512
-SMALLEST = 2**12  # bytes; smaller arrays are left to the allocator
+# Bytes. Smaller arrays are left to the allocator, which is quicker with them (0.3 us against 4 to 10), and
+# kernels are as fast where these begin in the middle of a cache line (16 to 50 KB, measured).
+SMALLEST = 2**16
 KEPT = 2**29  # bytes that may wait
 SCRATCHES = 64  # arrays that a thread of Python keeps for kernels to work in
 
@@ -29,7 +31,7 @@ _own = threading.local()
 
 
 def empty(shape, dtype):
-    """Return an uninitialized array that starts a cache line, so that no register straddles two."""
+    """Return an uninitialized array; a large one starts a cache line, so that no register straddles two."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     if size < SMALLEST:
