@@ -79,6 +79,8 @@ BETTER = (
     *_better("one_conv", 1024, 10, None, NOTEBOOK_ANNEALED),
     *_better("paper_mnist", 500, 5, 50, ("authors", {"hold": "filter"})),
     *_better("paper_mnist", 1000, 5, 50, ("authors", {"hold": "filter"})),
+    # RSO with as many images is in the table of the paper
+    Row("RSO, paper_mnist, batch 5000, best", "paper_mnist", 5000, 5, "best", schedule=50),
 )
 
 TABLES = {"notebook": NOTEBOOK, "paper": PAPER, "ablations": ABLATIONS, "better": BETTER}
