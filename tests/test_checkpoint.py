@@ -128,10 +128,10 @@ def test_an_interrupted_sgd_goes_on_bit_for_bit(small, tmp_path, monkeypatch, st
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_training_that_is_killed_three_times_goes_on_bit_for_bit(name, tmp_path):
+def test_a_training_that_is_killed_five_times_goes_on_bit_for_bit(name, tmp_path):
     expected = train(name, None)
     worker, moments = Path(__file__).with_name("checkpoint_worker.py"), random.Random(name)
-    for _ in range(3):
+    for _ in range(5):
         command = [sys.executable, worker, name, tmp_path / "run.npz"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE,
                                    env={**os.environ, "PYTHONPATH": str(worker.parents[1])})

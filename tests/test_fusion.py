@@ -94,14 +94,15 @@ def test_statistics_far_from_zero_and_from_the_first_pixels(n, height, rng):
     np.testing.assert_allclose(variance, y.var((0, 2, 3)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [0, 2**40])
 @pytest.mark.parametrize("begin", [0, 4])  # in the middle of a line such a write would end the process
-def test_what_is_stored_past_the_caches_is_the_same(begin, rng, monkeypatch):
+def test_what_is_stored_past_the_caches_is_the_same(size, begin, rng, monkeypatch):
     x, bias = cpu.pack(rng.standard_normal((50, 3, 6, 6), np.float32)), np.zeros(5, np.float32)
     weight = rng.standard_normal((5, 3, 3, 3), np.float32)
     expected = cpu.conv2d_forward(x, weight, bias)
     monkeypatch.setattr(memory, "SMALLEST", 0)
     y = memory.empty((expected.size + begin,), np.float32)[begin:].reshape(expected.shape)
-    monkeypatch.setattr(convolution, "NONTEMPORAL_BYTES", 0)
+    monkeypatch.setattr(convolution, "NONTEMPORAL_BYTES", size)
     found, _ = conv2d_fused(x, fusion.no_epilogue(x), weight, bias, None, y=y, exact_zeros=True)
     np.testing.assert_array_equal(found, expected)
 

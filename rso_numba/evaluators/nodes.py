@@ -82,7 +82,7 @@ def epilogue(edge, statistics, fixed=frozenset(), channels=slice(None)):
     """Return the `Epilogue` of an edge; `statistics` are those of these channels of its source."""
     if not edge.norm:
         n_channels = len(range(edge.source.shape[0])[channels])
-        return Epilogue(*unscaled(n_channels, np.dtype(np.float32)), edge.relu, edge.pool)
+        return Epilogue(*unscaled(n_channels, np.float32), edge.relu, edge.pool)
     if edge.norm.name in fixed:
         statistics = edge.norm.running_mean[channels], edge.norm.running_variance[channels]
     scale, shift = (a.astype(np.float32) for a in edge.norm.scale_and_shift(*statistics, channels))
