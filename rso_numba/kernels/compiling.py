@@ -45,7 +45,15 @@ def kernel(function):
 
     Loops are better than an assignment to a slice, for which Numba also compiles how an error prints the
     shapes: in two kernels that was a tenth of all compiling.
+
+    Numba counts who uses an array, in a count that all threads share. A kernel that makes no array need not
+    count, which leaves out two calls wherever it passes one to a formula with branches.
     """
+    return _compile(function, parallel=False, counts=False)
+
+
+def allocating_kernel(function):
+    """Compile the same, for a function that makes an array, or calls one that does."""
     return _compile(function, parallel=False)
 
 
@@ -54,8 +62,8 @@ def parallel_kernel(function):
     return threads.one_at_a_time(_compile(function, parallel=True))
 
 
-def _compile(function, parallel):
-    options = dict(fastmath=FASTMATH, error_model="numpy", nogil=True, parallel=parallel)
+def _compile(function, parallel, counts=True):
+    options = dict(fastmath=FASTMATH, error_model="numpy", nogil=True, parallel=parallel, _nrt=counts)
     name = function.__qualname__
     function.__qualname__ = f"{name}_{'parallel' if parallel else 'serial'}_{DIGEST}"  # names the cache files
     try:

@@ -10,19 +10,15 @@ import numpy as np
 from numba import prange
 
 from ..compiling import formula, kernel, parallel_kernel
-from ..formulas import QUARTER
 from .activations import computed
 from .fusion import deferred, load_padded, pooled_shape
 from .lanes import (
     LANES,
     WIDE,
-    add,
     broadcast,
     first_lanes,
     load,
-    multiply,
     multiply_add,
-    store,
     store_fence,
     sum_lanes,
 )
@@ -154,9 +150,8 @@ def conv2d_share(t, z, flat, epilogue, filters, started, stride, nontemporal, n_
         ahead, part = min(b + 1, stop - 1), 0
         part_size = prefetch_size(flat.z, n_tiles * max(1, height * width // PIXELS), b + 1 < stop)
         for first in range(0, height, n_rows):  # strip by strip
-            load_padded(z, b, 0, z.shape[1], epilogue, 0, stride * first - margin, margin, padded, t)
-            if stride == 2:
-                square_means(padded, t)
+            load_padded(z, b, 0, z.shape[1], epilogue, 0, stride * first - margin, margin, padded, t,
+                        stride == 1 and n_rows >= height and b > begin, stride == 2)
             end = min(first + n_rows, height) * width
             for p in range(first * width, end, PIXELS):
                 pixels, counts = (p, min(p + 1, end - 1)), (is_real, is_real if p + 1 < end else nothing)
@@ -172,19 +167,6 @@ def conv2d_share(t, z, flat, epilogue, filters, started, stride, nontemporal, n_
         if is_counted:
             around_means(sums, t, height * width * n_lanes, statistics, b)
     store_fence()
-
-
-@kernel
-def square_means(padded, t):
-    # padded[t] (C_in, rows, columns, LANES), in place: each pixel becomes the mean of the square of 2x2 of
-    # which it is the upper left one
-    for c in range(padded.shape[1]):
-        for i in range(padded.shape[2] - 1):
-            left = add(load(padded, (t, c, i, 0)), load(padded, (t, c, i + 1, 0)))
-            for j in range(padded.shape[3] - 1):
-                right = add(load(padded, (t, c, i, j + 1)), load(padded, (t, c, i + 1, j + 1)))
-                store(padded, (t, c, i, j), multiply(QUARTER, add(left, right)))
-                left = right
 
 
 @formula
@@ -274,7 +256,7 @@ def conv2d_weight_share(t, x, epilogue, dy, dy_flat, dweight, dbias, padded):
     # the blocks of the thread with workspace t: arguments as in `conv2d_weight_blocks`
     margin, (start, stop) = (dweight.shape[3] - 1) // 2, block_range(t, len(padded), len(x))
     for b in range(start, stop):
-        load_padded(x, b, 0, x.shape[1], epilogue, 0, -margin, margin, padded, t)
+        load_padded(x, b, 0, x.shape[1], epilogue, 0, -margin, margin, padded, t, b > start, False)
         for o in range(0, dweight.shape[1], 4):
             for i in range(0, dweight.shape[2], 2):
                 for kh in range(dweight.shape[3]):

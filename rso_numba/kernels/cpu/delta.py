@@ -10,7 +10,7 @@ from collections import namedtuple
 import numpy as np
 from numba import prange
 
-from ..compiling import formula, kernel, parallel_kernel
+from ..compiling import allocating_kernel, formula, kernel, parallel_kernel
 from .fusion import deferred, load_padded, pooled_shape
 from .lanes import (
     LANES,
@@ -95,7 +95,7 @@ def filter_share(t, x, epilogue, taken, step, out, z, mean, n_images, sums, work
     # taken: a Filter, whose weights are the amounts, is_used (C_in,) says which channels have any
     start, stop = block_range(t, len(workspace.padded), len(x))
     for b in range(start, stop):
-        filter_block(x, b, min(b + 1, stop - 1), epilogue, taken, step, workspace, t)
+        filter_block(x, b, min(b + 1, stop - 1), epilogue, taken, step, workspace, t, b > start)
         for h in range(out.maps.shape[2]):
             for w in range(out.maps.shape[3]):
                 store(out.maps, (b, out.k, h, w), load(workspace.tiles, (t, h, w)))
@@ -104,7 +104,7 @@ def filter_share(t, x, epilogue, taken, step, out, z, mean, n_images, sums, work
 
 
 @kernel
-def filter_block(x, b, ahead, epilogue, taken, step, workspace, t):
+def filter_block(x, b, ahead, epilogue, taken, step, workspace, t, has_border):
     # tiles[t] (h, w, LANES) = bias + the correlation of x[b] (C_in, H, W, LANES) with the weights
     # padded[t] (1, rows, columns, LANES) gets one channel of x after the other; `ahead` is the next block
     padded, tiles, weight = workspace.padded, workspace.tiles, taken.weight
@@ -114,7 +114,8 @@ def filter_block(x, b, ahead, epilogue, taken, step, workspace, t):
             store(tiles, (t, h, w), broadcast(taken.bias))
     for c in range(x.shape[1]):
         if taken.is_used[c]:
-            load_padded(x, b, c, 1, epilogue, c, -((size - 1) // 2), (size - 1) // 2, padded, t)
+            load_padded(x, b, c, 1, epilogue, c, -((size - 1) // 2), (size - 1) // 2, padded, t,
+                        has_border, False)
             for h in range(tiles.shape[1]):
                 for row in range(step * h, step * h + step):
                     for w in range(x.shape[3]):
@@ -128,7 +129,7 @@ def filter_block(x, b, ahead, epilogue, taken, step, workspace, t):
                         filter_tile(padded, t, weight, c, tiles, h, w, size, step)
 
 
-@kernel
+@allocating_kernel
 def add_taps(taps, amounts, step, weight):
     # weight (C_in, size, size) += amounts, each a 2x2 square of quarters if a pool is merged (step 2)
     # -> what is added to the bias, and which input channels are used
@@ -271,8 +272,8 @@ def change_share(t, z, k, direction, amount, before, after, changed, old, change
     start, stop = block_range(t, len(old), len(z))
     for b in range(start, stop):
         sum_block(z, b, k, direction, amount, changed, t, 0)
-        load_padded(changed, t, 0, 1, after, 0, 0, 0, change, b)
-        load_padded(z, b, k, 1, before, 0, 0, 0, old, t)
+        load_padded(changed, t, 0, 1, after, 0, 0, 0, change, b, False, False)
+        load_padded(z, b, k, 1, before, 0, 0, 0, old, t, False, False)
         for h in range(change.shape[2]):
             for w in range(change.shape[3]):
                 difference = multiply_add(-ONE, load(old, (t, 0, h, w)), load(change, (b, 0, h, w)))

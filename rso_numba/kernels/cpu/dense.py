@@ -60,7 +60,7 @@ def dense_share(t, z, epilogue, weight, bias, start, started, y, features, flat)
     # flat is features (n_workspaces, n_in, LANES)
     begin, stop = block_range(t, len(features), len(z))
     for b in range(begin, stop):
-        load_padded(z, b, 0, z.shape[1], epilogue, 0, 0, 0, features, t)
+        load_padded(z, b, 0, z.shape[1], epilogue, 0, 0, 0, features, t, False, False)
         for o in range(0, weight.shape[0], 4):
             dense_tile(flat, t, weight, bias, start, started, y, b, o)
 

@@ -12,7 +12,7 @@ import numpy as np
 from numba import prange
 
 from ..compiling import formula, kernel, parallel_kernel
-from ..formulas import GLOBAL_MAX, MAX, MEAN, NO_POOL, pooled_shape
+from ..formulas import GLOBAL_MAX, MAX, MEAN, NO_POOL, QUARTER, pooled_shape
 from .lanes import LANES, add, broadcast, load, maximum, multiply, multiply_add, prefetch, store
 from .memory import empty
 
@@ -69,52 +69,66 @@ def apply_epilogue(z, epilogue):
 def epilogue_blocks(z, epilogue, y):
     # z (n_blocks, C, H, W, LANES), y (n_blocks, C, h, w, LANES)
     for b in prange(z.shape[0]):
-        load_padded(z, b, 0, z.shape[1], epilogue, 0, 0, 0, y, b)
+        load_padded(z, b, 0, z.shape[1], epilogue, 0, 0, 0, y, b, False, False)
 
 
 @kernel
-def load_padded(z, b, k, n_channels, epilogue, k_epilogue, first, margin, padded, t):
+def load_padded(z, b, k, n_channels, epilogue, k_epilogue, first, margin, padded, t, has_border,
+                with_means):
     # channels k to k + n_channels - 1 of z[b] (C, H, W, LANES), in the epilogue from k_epilogue on
     # -> padded[t], n_channels maps (n_rows, at least w + 2 * margin, LANES): from row `first` on what the
-    # epilogue makes of them, (h, w, LANES), and zeros around it
+    # epilogue makes of them, (h, w, LANES), and zeros around it, if it does not have them yet
     # (z and b, not a view of z[b]: see `conv2d_blocks` for what a view costs.)
-    height, width = z.shape[2], z.shape[3]
-    if epilogue.pool == MAX or epilogue.pool == MEAN:
+    height, width, relu, pool = z.shape[2], z.shape[3], epilogue.relu, epilogue.pool
+    if pool in (MAX, MEAN):
         height, width = height // 2, width // 2
-    elif epilogue.pool != NO_POOL:
+    elif pool != NO_POOL:
         height, width = 1, 1
+    rows_each, ahead = z.shape[2] // height, AHEAD // z.shape[3]
     zero = broadcast(padded.dtype.type(0))
     for c in range(n_channels):
         scale, shift = epilogue.scale[k_epilogue + c], broadcast(epilogue.shift[k_epilogue + c])
         for i in range(padded.shape[2]):
-            for j in range(margin):
-                store(padded, (t, c, i, j), zero)
-            for j in range(width, padded.shape[3] - margin):
-                store(padded, (t, c, i, margin + j), zero)
-            if 0 <= first + i < height:
-                epilogue_row(z, b, k + c, epilogue, scale, shift, first + i, width, padded, (t, c, i), margin)
-            else:
-                for j in range(width):
-                    store(padded, (t, c, i, margin + j), zero)
+            h = first + i
+            if 0 <= h < height:
+                for row in range(rows_each * h + ahead, rows_each * (h + 1) + ahead):
+                    for w in range(z.shape[3]):  # behind the last row of a channel is the next one
+                        prefetch(z, (b, k + c, row, w))
+                epilogue_row(z, b, k + c, relu, pool, scale, shift, h, width, padded, (t, c, i), margin)
+            if not has_border:
+                begin = margin + (width if 0 <= h < height else 0)
+                for j in range(margin):
+                    store(padded, (t, c, i, j), zero)
+                for j in range(begin, padded.shape[3]):
+                    store(padded, (t, c, i, j), zero)
+        if with_means:
+            square_means(padded, t, c)
+
+
+@kernel
+def square_means(padded, t, c):
+    # channel c of padded[t] (C_in, rows, columns, LANES), in place: each pixel becomes the mean of the square
+    # of 2x2 of which it is the upper left one
+    for i in range(padded.shape[2] - 1):
+        left = add(load(padded, (t, c, i, 0)), load(padded, (t, c, i + 1, 0)))
+        for j in range(padded.shape[3] - 1):
+            right = add(load(padded, (t, c, i, j + 1)), load(padded, (t, c, i + 1, j + 1)))
+            store(padded, (t, c, i, j), multiply(QUARTER, add(left, right)))
+            left = right
 
 
 @formula
-def epilogue_row(z, b, c, epilogue, scale, shift, h, width, y, row, start):
-    """Write row h of what the epilogue makes of channel c of block b of z to y[row], from `start` on."""
+def epilogue_row(z, b, c, relu, pool, scale, shift, h, width, y, row, start):
+    """Write row h of what an epilogue makes of channel c of block b of z to y[row], from `start` on."""
     # relu(max(a, b)) is max(relu(a), relu(b)), of which the former is less work.
-    zero, relu = broadcast(z.dtype.type(0)), epilogue.relu
-    is_2x2 = epilogue.pool == MAX or epilogue.pool == MEAN
-    n_rows = 1 if epilogue.pool == NO_POOL else 2 if is_2x2 else z.shape[2]
-    for i in range(n_rows * h, n_rows * h + n_rows):  # behind the last row of a channel is the next one
-        for w in range(z.shape[3]):
-            prefetch(z, (b, c, i + AHEAD // z.shape[3], w))
-    if epilogue.pool == NO_POOL and relu:
+    zero = broadcast(z.dtype.type(0))
+    if pool == NO_POOL and relu:
         for w in range(width):
             store(y, (*row, start + w), maximum(zero, multiply_add(scale, load(z, (b, c, h, w)), shift)))
-    elif epilogue.pool == NO_POOL:
+    elif pool == NO_POOL:
         for w in range(width):
             store(y, (*row, start + w), multiply_add(scale, load(z, (b, c, h, w)), shift))
-    elif epilogue.pool == MAX:
+    elif pool == MAX:
         for w in range(width):
             v0 = multiply_add(scale, load(z, (b, c, 2 * h, 2 * w)), shift)
             v1 = multiply_add(scale, load(z, (b, c, 2 * h, 2 * w + 1)), shift)
@@ -122,7 +136,7 @@ def epilogue_row(z, b, c, epilogue, scale, shift, h, width, y, row, start):
             v3 = multiply_add(scale, load(z, (b, c, 2 * h + 1, 2 * w + 1)), shift)
             value = maximum(maximum(v0, v1), maximum(v2, v3))
             store(y, (*row, start + w), maximum(zero, value) if relu else value)
-    elif epilogue.pool == GLOBAL_MAX:
+    elif pool == GLOBAL_MAX:
         v0 = v1 = v2 = v3 = multiply_add(scale, load(z, (b, c, 0, 0)), shift)
         last = z.shape[2] - 1
         for i in range(0, z.shape[2], 4):  # four rows at once, so that one need not wait for the other
@@ -134,7 +148,7 @@ def epilogue_row(z, b, c, epilogue, scale, shift, h, width, y, row, start):
         value = maximum(maximum(v0, v1), maximum(v2, v3))
         store(y, (*row, start), maximum(zero, value) if relu else value)
     else:
-        size = 2 if epilogue.pool == MEAN else max(z.shape[2], z.shape[3])
+        size = 2 if pool == MEAN else max(z.shape[2], z.shape[3])
         for w in range(width):
             total, n = zero, 0
             for i in range(size * h, min(size * h + size, z.shape[2])):

@@ -36,11 +36,18 @@ class LanesModel(models.PrimitiveModel):
         super().__init__(manager, lanes, ir.VectorType(manager.lookup(lanes.dtype).get_value_type(), LANES))
 
 
-def _pointer(context, builder, array_type, array, position):
+def _pointer(context, builder, array_type, array, position, lanes=True):
+    """Return where array[position] begins: LANES numbers, which is known here and not read, or one number."""
     array = cgutils.create_struct_proxy(array_type)(context, builder, array)
-    indices = cgutils.unpack_tuple(builder, position) + [ir.Constant(ir.IntType(64), 0)]
-    pointer = cgutils.get_item_pointer(context, builder, array_type, array, indices)
-    return builder.bitcast(pointer, context.get_value_type(Lanes(array_type.dtype)).as_pointer())
+    indices, shape = cgutils.unpack_tuple(builder, position), cgutils.unpack_tuple(builder, array.shape)
+    place, step = ir.Constant(ir.IntType(64), 0), ir.Constant(ir.IntType(64), LANES if lanes else 1)
+    for index, length in zip(reversed(indices), reversed(shape[: len(indices)]), strict=True):
+        place = builder.add(place, builder.mul(index, step))
+        step = builder.mul(step, length)
+    pointer = builder.gep(array.data, [place])
+    if lanes:
+        return builder.bitcast(pointer, context.get_value_type(Lanes(array_type.dtype)).as_pointer())
+    return pointer
 
 
 def _broadcast(builder, scalar, vector_type):
@@ -125,6 +132,20 @@ def broadcast(typing_context, number):
         return _broadcast(builder, arguments[0], context.get_value_type(signature.return_type))
 
     return Lanes(number)(number), generate
+
+
+@intrinsic
+def number(typing_context, array, position):
+    """Return array[position], one number.
+
+    No index counts from the end. Numba looks at each of its own for that, and neighbours then need an address
+    each, where one would do.
+    """
+
+    def generate(context, builder, signature, arguments):
+        return builder.load(_pointer(context, builder, signature.args[0], *arguments, lanes=False))
+
+    return array.dtype(array, position), generate
 
 
 @intrinsic
@@ -251,6 +272,10 @@ if numba.config.DISABLE_JIT:  # the same in plain Python, on arrays of LANES num
     def broadcast(number):  # noqa: F811
         """Return LANES copies of a number."""
         return np.full(LANES, number)
+
+    def number(array, position):  # noqa: F811
+        """Return array[position], one number."""
+        return array[position]
 
     def first_lanes(n, one):  # noqa: F811
         """Return `one` in the first n lanes and 0 in the others."""

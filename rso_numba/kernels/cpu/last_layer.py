@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numba import prange
 
-from ..compiling import kernel, parallel_kernel
+from ..compiling import allocating_kernel, kernel, parallel_kernel
 from .lanes import LANES
 from .memory import empty
 from .softmax import fast_exp
@@ -77,7 +77,7 @@ def _chunks(z, a, changes, amounts, k, j, steps, labels, chunk_images, sums):
         chunk_losses(z, a[j, first:last], k, first, last, steps, labels[first:last], sums[chunk])
 
 
-chunks_by_all_threads, chunks_by_one_thread = parallel_kernel(_chunks), kernel(_chunks)
+chunks_by_all_threads, chunks_by_one_thread = parallel_kernel(_chunks), allocating_kernel(_chunks)
 
 
 @kernel
@@ -90,7 +90,7 @@ def replay(z, a, first, last, changes, amounts):
             logits[n] += amount * inputs[n]
 
 
-@kernel
+@allocating_kernel
 def chunk_losses(z, a, k, first, last, steps, labels, sums):
     # images first to last of z (n_classes, n); a and labels of these images; sums (n_steps,)
     # `formulas.changed_cross_entropy` of many images. Only logit k changes:

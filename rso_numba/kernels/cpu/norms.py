@@ -6,7 +6,7 @@ Sums over images leave out the lanes that hold none, and end in float64, block b
 import numpy as np
 from numba import prange
 
-from ..compiling import formula, kernel, parallel_kernel
+from ..compiling import allocating_kernel, formula, kernel, parallel_kernel
 from .activations import computed
 from .fusion import MaskedGradient
 from .lanes import (
@@ -96,15 +96,28 @@ def count_pixels(sums, t, c, is_first, counts, values):
     the first two pixels: as good as the mean, unless they differ from it by many standard deviations.
     """
     if is_first:
-        total = multiply_add(counts[0], values[0], multiply(counts[1], values[1]))
-        none = broadcast(sums.dtype.type(0))
-        store(sums, (t, c, 0), broadcast(-sum_lanes(total) / sum_lanes(add(counts[0], counts[1]))))
-        store(sums, (t, c, 1), none)
-        store(sums, (t, c, 2), none)
-    center, total, squares = load(sums, (t, c, 0)), load(sums, (t, c, 1)), load(sums, (t, c, 2))
+        center, total, squares = first_sums(counts, values)
+        store(sums, (t, c, 0), center)
+    else:
+        center, total, squares = load(sums, (t, c, 0)), load(sums, (t, c, 1)), load(sums, (t, c, 2))
+    total, squares = plus_pixels(counts, values, center, total, squares)
+    store(sums, (t, c, 1), total)
+    store(sums, (t, c, 2), squares)
+
+
+@formula
+def first_sums(counts, values):
+    """Return minus the center, which two pixels say, and sums of nothing yet."""
+    total = multiply_add(counts[0], values[0], multiply(counts[1], values[1]))
+    none = multiply(0, total)
+    return broadcast(-sum_lanes(total) / sum_lanes(add(counts[0], counts[1]))), none, none
+
+
+@formula
+def plus_pixels(counts, values, center, total, squares):
+    """Return the sums of value - center and of its square, and two pixels."""
     v0, v1 = multiply(counts[0], add(values[0], center)), multiply(counts[1], add(values[1], center))
-    store(sums, (t, c, 1), add(add(v0, v1), total))
-    store(sums, (t, c, 2), multiply_add(v0, v0, multiply_add(v1, v1, squares)))
+    return add(add(v0, v1), total), multiply_add(v0, v0, multiply_add(v1, v1, squares))
 
 
 @kernel
@@ -120,7 +133,7 @@ def around_means(sums, t, count, statistics, b):
         statistics[1, b, c] = max(squares - total * total / count, 0.0)
 
 
-@kernel
+@allocating_kernel
 def add_statistics(statistics, n_images, n_pixels, moments):
     # statistics (2, n_blocks, C) of the blocks -> mean and variance, moments (2, C)
     # The squares are taken around the mean of their block; moving them to the common mean cancels nothing.

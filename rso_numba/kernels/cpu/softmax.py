@@ -4,7 +4,7 @@ import numpy as np
 from numba import prange
 
 from .. import formulas
-from ..compiling import formula, kernel, parallel_kernel
+from ..compiling import allocating_kernel, formula, kernel, parallel_kernel
 from .activations import computed
 from .lanes import LANES
 from .memory import empty
@@ -68,7 +68,7 @@ def loss_blocks(logits, labels, sums):
         sums[b] = block_loss(logits[b], labels[b * LANES : (b + 1) * LANES])
 
 
-@kernel
+@allocating_kernel
 def block_loss(logits, labels):
     # logits (n_classes, LANES), labels (up to LANES,): as cross_entropy_blocks, but exp of all lanes at once
     largest, total, result = np.empty(LANES, logits.dtype), np.zeros(LANES, logits.dtype), 0.0

@@ -10,7 +10,7 @@ from collections import namedtuple
 import numpy as np
 
 from ..compiling import formula
-from .lanes import LANES, WIDE, broadcast, load, multiply_add, prefetch, store, store_nontemporal
+from .lanes import LANES, WIDE, broadcast, load, multiply_add, number, prefetch, store, store_nontemporal
 from .memory import workspaces
 
 CHANNELS, PIXELS = 8 if WIDE else 2, 2  # of a tile of the convolution
@@ -64,16 +64,16 @@ def prefetch_part(pixels, b, part, size):
 @formula
 def two_products(weight, at, o, x, y):
     """Return y + weight[at] (C,), from o on, times x: a tile of pairs, of x a pair."""
-    return plus(weight[(*at, o)], x, y[0]), plus(weight[(*at, o + 1)], x, y[1])
+    return plus(number(weight, (*at, o)), x, y[0]), plus(number(weight, (*at, o + 1)), x, y[1])
 
 
 @formula
 def eight_products(weight, at, o, x, y):
     """Return the same for a tile of 8 channels."""
-    return (plus(weight[(*at, o)], x, y[0]), plus(weight[(*at, o + 1)], x, y[1]),
-            plus(weight[(*at, o + 2)], x, y[2]), plus(weight[(*at, o + 3)], x, y[3]),
-            plus(weight[(*at, o + 4)], x, y[4]), plus(weight[(*at, o + 5)], x, y[5]),
-            plus(weight[(*at, o + 6)], x, y[6]), plus(weight[(*at, o + 7)], x, y[7]))
+    return (plus(number(weight, (*at, o)), x, y[0]), plus(number(weight, (*at, o + 1)), x, y[1]),
+            plus(number(weight, (*at, o + 2)), x, y[2]), plus(number(weight, (*at, o + 3)), x, y[3]),
+            plus(number(weight, (*at, o + 4)), x, y[4]), plus(number(weight, (*at, o + 5)), x, y[5]),
+            plus(number(weight, (*at, o + 6)), x, y[6]), plus(number(weight, (*at, o + 7)), x, y[7]))
 
 
 @formula

@@ -127,7 +127,8 @@ def winograd_share(t, z, z_flat, epilogue, filters, n_images, output, statistics
         n_lanes = min(n_images - b * LANES, LANES) if statistics.shape[1] > 0 else 0  # 0: nobody counts
         ahead, part, part_size = b + 1, 0, prefetch_size(z_flat, n_parts, b + 1 < stop)
         for first in range(0, height, n_rows):  # strip by strip
-            load_padded(z, b, 0, z.shape[1], epilogue, 0, SIDE * first - 1, 1, padded, t)
+            load_padded(z, b, 0, z.shape[1], epilogue, 0, SIDE * first - 1, 1, padded, t,
+                        n_rows >= height and b > start, False)
             n_tiles = min(n_rows, height - first) * width
             for tile in range(0, n_tiles, PIXELS):
                 here, other = divmod(tile, width), divmod(min(tile + 1, n_tiles - 1), width)
