@@ -14,6 +14,7 @@ from .lanes import LANES, WIDE, broadcast, load, multiply_add, number, prefetch,
 from .memory import workspaces
 
 CHANNELS, PIXELS = 8 if WIDE else 2, 2  # of a tile of the convolution
+TALL = 16 if WIDE else 4  # channels of a tile of one pixel
 STRIP = 450_000  # bytes of padded input that one thread works on at once: a part of its second-level cache
 
 Filters = namedtuple("Filters", "weight bias")
@@ -171,6 +172,55 @@ def store_pair(y, n, c, pixels, nontemporal, values):
         store(y, (n, c, pixels[1]), values[1])
 
 
+@formula
+def four_of_one(weight, at, o, x, y):
+    """Return y + weight[at] (C,), from o on, times one pixel x: four channels."""
+    return (multiply_add(number(weight, (*at, o)), x, y[0]),
+            multiply_add(number(weight, (*at, o + 1)), x, y[1]),
+            multiply_add(number(weight, (*at, o + 2)), x, y[2]),
+            multiply_add(number(weight, (*at, o + 3)), x, y[3]))
+
+
+@formula
+def sixteen_of_one(weight, at, o, x, y):
+    """Return the same for sixteen channels."""
+    return (*four_of_one(weight, at, o, x, y[:4]), *four_of_one(weight, at, o + 4, x, y[4:8]),
+            *four_of_one(weight, at, o + 8, x, y[8:12]), *four_of_one(weight, at, o + 12, x, y[12:]))
+
+
+@formula
+def four_same(value):
+    """Return four channels of one pixel, all of them `value`."""
+    return value, value, value, value
+
+
+@formula
+def sixteen_same(value):
+    """Return the same for sixteen channels."""
+    return (*four_same(value), *four_same(value), *four_same(value), *four_same(value))
+
+
+@formula
+def store_four_of_one(y, n, o, values):
+    """Store one pixel of the channels from o on, y[n, o]."""
+    store(y, (n, o), values[0])
+    store(y, (n, o + 1), values[1])
+    store(y, (n, o + 2), values[2])
+    store(y, (n, o + 3), values[3])
+
+
+@formula
+def store_sixteen_of_one(y, n, o, values):
+    """Store the same of sixteen channels."""
+    store_four_of_one(y, n, o, values[:4])
+    store_four_of_one(y, n, o + 4, values[4:8])
+    store_four_of_one(y, n, o + 8, values[8:12])
+    store_four_of_one(y, n, o + 12, values[12:])
+
+
+plus_of_one = sixteen_of_one if WIDE else four_of_one
+same_of_one = sixteen_same if WIDE else four_same
+store_of_one = store_sixteen_of_one if WIDE else store_four_of_one
 plus_products = eight_products if WIDE else two_products
 bias_tile = eight_pairs if WIDE else two_pairs
 load_tile = load_eight if WIDE else load_two
