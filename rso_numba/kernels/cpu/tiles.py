@@ -2,7 +2,8 @@
 
 Then each number that is read from memory serves several multiplications. A tile of a convolution has CHANNELS
 output channels of PIXELS pixels: a tuple of pairs of Lanes, 8 or 2 of them, as the registers are WIDE or not.
-A tile that hangs over the edge computes its last channel or pixel again.
+A tile that hangs over the edge computes its last channel or pixel again. A tile of `winograd.py` has TALL
+channels of one pixel.
 """
 
 from collections import namedtuple
@@ -14,7 +15,7 @@ from .lanes import LANES, WIDE, broadcast, load, multiply_add, number, prefetch,
 from .memory import workspaces
 
 CHANNELS, PIXELS = 8 if WIDE else 2, 2  # of a tile of the convolution
-TALL = 16 if WIDE else 4  # channels of a tile of one pixel
+TALL = 16 if WIDE else 4
 STRIP = 450_000  # bytes of padded input that one thread works on at once: a part of its second-level cache
 
 Filters = namedtuple("Filters", "weight bias")
@@ -173,7 +174,7 @@ def store_pair(y, n, c, pixels, nontemporal, values):
 
 
 @formula
-def four_of_one(weight, at, o, x, y):
+def four_channels(weight, at, o, x, y):
     """Return y + weight[at] (C,), from o on, times one pixel x: four channels."""
     return (multiply_add(number(weight, (*at, o)), x, y[0]),
             multiply_add(number(weight, (*at, o + 1)), x, y[1]),
@@ -182,10 +183,10 @@ def four_of_one(weight, at, o, x, y):
 
 
 @formula
-def sixteen_of_one(weight, at, o, x, y):
+def sixteen_channels(weight, at, o, x, y):
     """Return the same for sixteen channels."""
-    return (*four_of_one(weight, at, o, x, y[:4]), *four_of_one(weight, at, o + 4, x, y[4:8]),
-            *four_of_one(weight, at, o + 8, x, y[8:12]), *four_of_one(weight, at, o + 12, x, y[12:]))
+    return (*four_channels(weight, at, o, x, y[:4]), *four_channels(weight, at, o + 4, x, y[4:8]),
+            *four_channels(weight, at, o + 8, x, y[8:12]), *four_channels(weight, at, o + 12, x, y[12:]))
 
 
 @formula
@@ -201,7 +202,7 @@ def sixteen_same(value):
 
 
 @formula
-def store_four_of_one(y, n, o, values):
+def store_four_channels(y, n, o, values):
     """Store one pixel of the channels from o on, y[n, o]."""
     store(y, (n, o), values[0])
     store(y, (n, o + 1), values[1])
@@ -210,17 +211,17 @@ def store_four_of_one(y, n, o, values):
 
 
 @formula
-def store_sixteen_of_one(y, n, o, values):
+def store_sixteen_channels(y, n, o, values):
     """Store the same of sixteen channels."""
-    store_four_of_one(y, n, o, values[:4])
-    store_four_of_one(y, n, o + 4, values[4:8])
-    store_four_of_one(y, n, o + 8, values[8:12])
-    store_four_of_one(y, n, o + 12, values[12:])
+    store_four_channels(y, n, o, values[:4])
+    store_four_channels(y, n, o + 4, values[4:8])
+    store_four_channels(y, n, o + 8, values[8:12])
+    store_four_channels(y, n, o + 12, values[12:])
 
 
-plus_of_one = sixteen_of_one if WIDE else four_of_one
-same_of_one = sixteen_same if WIDE else four_same
-store_of_one = store_sixteen_of_one if WIDE else store_four_of_one
+plus_channels = sixteen_channels if WIDE else four_channels
+same_channels = sixteen_same if WIDE else four_same
+store_channels = store_sixteen_channels if WIDE else store_four_channels
 plus_products = eight_products if WIDE else two_products
 bias_tile = eight_pairs if WIDE else two_pairs
 load_tile = load_eight if WIDE else load_two

@@ -46,11 +46,11 @@ from .norms import around_means, first_sums, plus_pixels
 from .tiles import (
     TALL,
     padded_workspace,
-    plus_of_one,
+    plus_channels,
     prefetch_part,
     prefetch_size,
-    same_of_one,
-    store_of_one,
+    same_channels,
+    store_channels,
 )
 
 # what `winograd_blocks` writes, and what it begins with if it is started
@@ -270,10 +270,10 @@ def products_to_rows(points, filters_at, row, o, t, products, rows, z_flat, ahea
         part += 1
         point = POINTS * t + SIX * row + j
         for c in range(0, AT_ONCE, TALL):
-            y = same_of_one(zero)
+            y = same_channels(zero)
             for k in range(filters_at.shape[1]):
-                y = plus_of_one(filters_at, (point, k), o + c, load(points, (point, k)), y)
-            store_of_one(products, SIX * t + j, c, y)
+                y = plus_channels(filters_at, (point, k), o + c, load(points, (point, k)), y)
+            store_channels(products, SIX * t + j, c, y)
     for c in range(AT_ONCE):
         store_four(rows, SIX * t + row, c, outputs_from_points(six_products(products, SIX * t, c)))
 
