@@ -159,8 +159,10 @@ def test_shares_are_all_blocks_in_their_order():
 
 def test_the_workspaces_between_those_of_threads_stay_unused(monkeypatch, rng):
     monkeypatch.setattr(memory, "_own", threading.local())
-    monkeypatch.setattr(memory, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))
-    n_blocks = numba.get_num_threads()
+    monkeypatch.setattr(
+        memory, "_aligned", lambda size: np.full(size // 4, np.nan, np.float32).view(np.uint8))
+    n_blocks = numba.config.NUMBA_NUM_THREADS
+    numba.set_num_threads(n_blocks)
     x = cpu.pack(rng.standard_normal((n_blocks * LANES, 8, 12, 12), np.float32))
     weight, bias = rng.standard_normal((8, 8, 3, 3), np.float32), np.zeros(8, np.float32)
     for exact_zeros in (True, False):
@@ -172,7 +174,7 @@ def test_the_workspaces_between_those_of_threads_stay_unused(monkeypatch, rng):
     delta.epilogue_change(x, 0, direction, np.float32(1), epilogue, epilogue)
     workspaces = {name: array for (name, *_), array in vars(memory._own).items() if name != "dweight"}
     assert set(workspaces) == {
-        "padded", "sums", "filters", "points", "products", "features", "tiles", "changed", "old"}
+        "padded", "sums", "filters", "points", "products", "rows", "features", "tiles", "changed", "old"}
     for array in workspaces.values():
         assert len(array) == 2 * n_blocks
         assert np.isnan(array[1::2]).all() and np.isfinite(array[::2, 0]).any()
