@@ -10,7 +10,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import config, types
-from numba.core import cgutils
+from numba.core import cgutils, errors
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, models, register_model
 
@@ -38,6 +38,8 @@ class LanesModel(models.PrimitiveModel):
 
 def _pointer(context, builder, array_type, array, position, lanes=True):
     """Return where array[position] begins: LANES numbers, which is known here and not read, or one number."""
+    if array_type.layout != "C":
+        raise errors.NumbaTypeError(f"an array in memory order is expected, not {array_type}; copy it first")
     array = cgutils.create_struct_proxy(array_type)(context, builder, array)
     indices, shape = cgutils.unpack_tuple(builder, position), cgutils.unpack_tuple(builder, array.shape)
     place, step = ir.Constant(ir.IntType(64), 0), ir.Constant(ir.IntType(64), LANES if lanes else 1)

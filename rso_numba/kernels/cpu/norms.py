@@ -109,7 +109,7 @@ def count_pixels(sums, t, c, is_first, counts, values):
 def first_sums(counts, values):
     """Return minus the center, which two pixels say, and sums of nothing yet."""
     total = multiply_add(counts[0], values[0], multiply(counts[1], values[1]))
-    none = multiply(0, total)
+    none = multiply(0, counts[0])
     return broadcast(-sum_lanes(total) / sum_lanes(add(counts[0], counts[1]))), none, none
 
 
