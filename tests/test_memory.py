@@ -3,6 +3,7 @@
 import gc
 import sys
 import threading
+import types
 from functools import partial
 
 import numba
@@ -18,6 +19,7 @@ from rso_numba.kernels.cpu.lanes import LANES
 
 @pytest.fixture(autouse=True)
 def nothing_waits(monkeypatch):
+    memory._take_back()
     memory._waiting.clear()
     monkeypatch.setattr(memory, "_waiting_bytes", [0])
     monkeypatch.setattr(memory, "SMALLEST", 4096)  # so that arrays need not be large here
@@ -53,14 +55,24 @@ def test_no_more_waits_than_allowed(monkeypatch):
     monkeypatch.setattr(memory, "KEPT", 100_000)
     arrays = [memory.empty((10_000,), np.float32) for _ in range(5)]
     arrays.clear()
+    memory._take_back()
     assert memory._waiting_bytes == [80_000]
     assert sum(buffer.size for waiting in memory._waiting.values() for buffer in waiting) == 80_000
 
 
+def test_ctrl_c_is_not_lost_while_an_array_dies():
+    array = memory.empty((64, 100), np.float32)
+    callbacks = [reference.__callback__ for reference, _ in memory._lent.values()]
+    assert callbacks and all(isinstance(callback, types.BuiltinMethodType) for callback in callbacks)
+    del array  # calls nothing of Python, in which Ctrl-C would only be printed
+
+
 def test_small_arrays_do_not_wait():
     memory.empty((1023,), np.float32)
+    memory._take_back()
     assert memory._waiting_bytes == [0]
     memory.empty((1024,), np.float32)
+    memory._take_back()
     assert memory._waiting_bytes == [4096]
 
 
@@ -71,6 +83,7 @@ def test_sizes_that_nobody_asks_for_make_room(monkeypatch):
     array = memory.empty((20_000,), np.float32)
     where = address(array)
     del array
+    memory._take_back()
     assert memory._waiting_bytes == [80_000] and list(memory._waiting) == [80_000]
     assert address(memory.empty((20_000,), np.float32)) == where
 

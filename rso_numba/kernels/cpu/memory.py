@@ -8,7 +8,7 @@ sizes again and again, so the memory of an array that nobody holds any more wait
 import math
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
 import numpy as np
 from numba import get_num_threads, prange
@@ -24,8 +24,9 @@ SCRATCHES = 64  # arrays that a thread of Python keeps for kernels to work in
 
 _waiting = OrderedDict()  # size -> buffers, the size that was used last at the end
 _waiting_bytes = [0]
-_lock = threading.RLock()  # reentrant: collecting garbage may give memory back at any moment
+_lock = threading.RLock()
 _lent = {}  # id of a weak reference to an array -> the reference, and the buffer that the array is a view of
+_dead = deque()  # weak references to arrays that are no more
 
 _own = threading.local()
 
@@ -37,13 +38,15 @@ def empty(shape, dtype):
     if size < SMALLEST:
         return np.empty(shape, dtype)
     with _lock:  # two threads of Python must not take the same
+        _take_back()
         buffer = _take(size) if size in _waiting else None
     if buffer is None:
         buffer = _aligned(size)
     # NumPy lets every view hold the first array that sees a memoryview (`.data`), which is this one:
     # when it dies, nobody can see the memory any more
     array = np.frombuffer(buffer.data, dtype)
-    reference = weakref.ref(array, _give_back)
+    # (what is called then is no Python: in that, Ctrl-C would be lost)
+    reference = weakref.ref(array, _dead.append)
     _lent[id(reference)] = reference, buffer
     return array.reshape(shape)
 
@@ -55,21 +58,23 @@ def _aligned(size):
 
 
 def _take(size):
-    buffers = _waiting[size]
-    buffer = buffers.pop()
-    _waiting_bytes[0] -= size
-    if not buffers:
+    *others, buffer = _waiting[size]
+    if others:
+        _waiting[size] = others
+    else:
         del _waiting[size]
+    _waiting_bytes[0] -= size
     return buffer
 
 
-def _give_back(reference):
-    _, buffer = _lent.pop(id(reference))
-    with _lock:
-        _waiting.setdefault(buffer.size, []).append(buffer)
+def _take_back():
+    """Let the memory of arrays that are no more wait. Ctrl-C may end this anywhere: a buffer may be lost."""
+    while _dead:
+        _, buffer = _lent.pop(id(_dead.popleft()))
+        _waiting[buffer.size] = [*_waiting.get(buffer.size, ()), buffer]
         _waiting.move_to_end(buffer.size)
         _waiting_bytes[0] += buffer.size
-        while _waiting_bytes[0] > KEPT:  # sizes that nobody asks for any more go first
+        while _waiting and _waiting_bytes[0] > KEPT:  # sizes that nobody asks for any more go first
             _take(next(iter(_waiting)))
 
 
