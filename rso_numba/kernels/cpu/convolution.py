@@ -28,6 +28,7 @@ from .norms import around_means, count_pixels, deviations
 from .tiles import (
     CHANNELS,
     PIXELS,
+    SHORT,
     bias_tile,
     load_pair,
     load_tile,
@@ -39,7 +40,7 @@ from .tiles import (
     side_by_side,
     store_tile,
 )
-from .winograd import AT_ONCE, Output, pays, winograd_blocks, winograd_workspace
+from .winograd import Output, pays, winograd_blocks, winograd_workspace
 
 NONTEMPORAL_BYTES = 2**23  # larger outputs are written past the caches, if they begin a cache line
 
@@ -96,7 +97,7 @@ def conv2d_fused(z, epilogue, weight, bias, n_images, start=None, stride=1, y=No
         y = empty((len(z), len(weight), shape[1] // stride, shape[2] // stride, LANES), z.dtype)
     statistics = np.empty((2, 0 if n_images is None else len(z), len(weight)))
     by_winograd = not (stride > 1 or exact_zeros) and pays(weight, shape)
-    filters = side_by_side(weight, bias, AT_ONCE if by_winograd else CHANNELS)
+    filters = side_by_side(weight, bias, SHORT if by_winograd else CHANNELS)
     sums = workspaces("sums", (len(filters.bias), 3, LANES), z.dtype)
     nontemporal = y.nbytes > NONTEMPORAL_BYTES and y.ctypes.data % ALIGNMENT == 0
     start = start if started else y

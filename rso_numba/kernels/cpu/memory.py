@@ -24,7 +24,7 @@ SCRATCHES = 64  # arrays that a thread of Python keeps for kernels to work in
 
 _waiting = OrderedDict()  # size -> buffers, the size that was used last at the end
 _waiting_bytes = [0]
-_lock = threading.RLock()
+_lock = threading.RLock()  # reentrant: collecting garbage may run code that asks for memory
 _lent = {}  # id of a weak reference to an array -> the reference, and the buffer that the array is a view of
 _dead = deque()  # weak references to arrays that are no more
 
@@ -33,8 +33,7 @@ _own = threading.local()
 
 def empty(shape, dtype):
     """Return an uninitialized array; a large one starts a cache line, so that no register straddles two."""
-    dtype = np.dtype(dtype)
-    size = math.prod(shape) * dtype.itemsize
+    size = _n_bytes(shape, dtype)
     if size < SMALLEST:
         return np.empty(shape, dtype)
     with _lock:  # two threads of Python must not take the same
@@ -49,6 +48,10 @@ def empty(shape, dtype):
     reference = weakref.ref(array, _dead.append)
     _lent[id(reference)] = reference, buffer
     return array.reshape(shape)
+
+
+def _n_bytes(shape, dtype):
+    return math.prod(shape) * np.dtype(dtype).itemsize
 
 
 def _aligned(size):
@@ -88,8 +91,7 @@ def scratch(name, shape, dtype):
     if key not in arrays:
         if len(arrays) == SCRATCHES:
             arrays.clear()
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        arrays[key] = _aligned(size).view(dtype).reshape(shape)
+        arrays[key] = _aligned(_n_bytes(shape, dtype)).view(dtype).reshape(shape)
     return arrays[key]
 
 

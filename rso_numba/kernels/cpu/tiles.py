@@ -3,7 +3,7 @@
 Then each number that is read from memory serves several multiplications. A tile of a convolution has CHANNELS
 output channels of PIXELS pixels: a tuple of pairs of Lanes, 8 or 2 of them, as the registers are WIDE or not.
 A tile that hangs over the edge computes its last channel or pixel again. A tile of `winograd.py` has TALL
-channels of one pixel.
+channels of one pixel, or SHORT ones where no more are left.
 """
 
 from collections import namedtuple
@@ -15,7 +15,7 @@ from .lanes import LANES, WIDE, broadcast, load, multiply_add, number, prefetch,
 from .memory import workspaces
 
 CHANNELS, PIXELS = 8 if WIDE else 2, 2  # of a tile of the convolution
-TALL = 16 if WIDE else 4
+TALL, SHORT = (16, 8) if WIDE else (4, 4)
 STRIP = 450_000  # bytes of padded input that one thread works on at once: a part of its second-level cache
 
 Filters = namedtuple("Filters", "weight bias")
@@ -183,10 +183,15 @@ def four_channels(weight, at, o, x, y):
 
 
 @formula
+def eight_channels(weight, at, o, x, y):
+    """Return the same for eight channels."""
+    return *four_channels(weight, at, o, x, y[:4]), *four_channels(weight, at, o + 4, x, y[4:])
+
+
+@formula
 def sixteen_channels(weight, at, o, x, y):
     """Return the same for sixteen channels."""
-    return (*four_channels(weight, at, o, x, y[:4]), *four_channels(weight, at, o + 4, x, y[4:8]),
-            *four_channels(weight, at, o + 8, x, y[8:12]), *four_channels(weight, at, o + 12, x, y[12:]))
+    return *eight_channels(weight, at, o, x, y[:8]), *eight_channels(weight, at, o + 8, x, y[8:])
 
 
 @formula
@@ -196,9 +201,15 @@ def four_same(value):
 
 
 @formula
+def eight_same(value):
+    """Return the same for eight channels."""
+    return *four_same(value), *four_same(value)
+
+
+@formula
 def sixteen_same(value):
     """Return the same for sixteen channels."""
-    return (*four_same(value), *four_same(value), *four_same(value), *four_same(value))
+    return *eight_same(value), *eight_same(value)
 
 
 @formula
@@ -211,17 +222,23 @@ def store_four_channels(y, n, o, values):
 
 
 @formula
+def store_eight_channels(y, n, o, values):
+    """Store the same of eight channels."""
+    store_four_channels(y, n, o, values[:4])
+    store_four_channels(y, n, o + 4, values[4:])
+
+
+@formula
 def store_sixteen_channels(y, n, o, values):
     """Store the same of sixteen channels."""
-    store_four_channels(y, n, o, values[:4])
-    store_four_channels(y, n, o + 4, values[4:8])
-    store_four_channels(y, n, o + 8, values[8:12])
-    store_four_channels(y, n, o + 12, values[12:])
+    store_eight_channels(y, n, o, values[:8])
+    store_eight_channels(y, n, o + 8, values[8:])
 
 
-plus_channels = sixteen_channels if WIDE else four_channels
-same_channels = sixteen_same if WIDE else four_same
-store_channels = store_sixteen_channels if WIDE else store_four_channels
+plus_tall, plus_short = (sixteen_channels, eight_channels) if WIDE else (four_channels, four_channels)
+tall_of, short_of = (sixteen_same, eight_same) if WIDE else (four_same, four_same)
+store_tall, store_short = (
+    (store_sixteen_channels, store_eight_channels) if WIDE else (store_four_channels, store_four_channels))
 plus_products = eight_products if WIDE else two_products
 bias_tile = eight_pairs if WIDE else two_pairs
 load_tile = load_eight if WIDE else load_two

@@ -46,11 +46,14 @@ from .norms import around_means, first_sums, plus_pixels
 from .tiles import (
     TALL,
     padded_workspace,
-    plus_channels,
+    plus_short,
+    plus_tall,
     prefetch_part,
     prefetch_size,
-    same_channels,
-    store_channels,
+    short_of,
+    store_short,
+    store_tall,
+    tall_of,
 )
 
 # what `winograd_blocks` writes, and what it begins with if it is started
@@ -59,7 +62,7 @@ Output = namedtuple("Output", "y start started nontemporal")
 Workspace = namedtuple("Workspace", "filters_at points products rows padded sums")
 
 SIDE, SIX, POINTS = 4, 6, 36  # outputs of a tile are SIDE x SIDE, points SIX x SIX
-AT_ONCE = 16  # output channels that are made of the values at the points in one go
+AT_ONCE = 16  # output channels that go from products to outputs together, at the most
 P, Q = 2 / 3, 3 / 2  # points, with P Q = 1; the others are -P, -Q, 0 and infinity
 P2, P3, Q2, Q3, PQ = P**2, P**3, Q**2, Q**3, P**2 + Q**2
 
@@ -78,13 +81,11 @@ G = filter_points()
 def pays(weight, shape):
     """Return whether filters (C_out, C_in, k, k) take less time this way on maps (C, H, W).
 
-    They need to be 3x3, and the multiplications to become half as many, to pay for B and A. (Output channels
-    are computed by AT_ONCE, wanted or not.)
+    They need to be 3x3. To pay for B and A, more than 9 of the 16 outputs of a tile have to be wanted, on
+    average, which means less than 4/9 of the multiplications.
     """
     n_tiles = -(-shape[1] // SIDE) * -(-shape[2] // SIDE)
-    n_channels = len(weight) + -len(weight) % AT_ONCE
-    return (weight.shape[2] == 3 and min(weight.shape[:2]) >= 8
-            and 2 * POINTS * n_tiles * n_channels <= 9 * shape[1] * shape[2] * len(weight))
+    return weight.shape[2] == 3 and min(weight.shape[:2]) >= 8 and 9 * n_tiles < shape[1] * shape[2]
 
 
 def winograd_workspace(shape, filters, sums):
@@ -121,7 +122,7 @@ def winograd_share(t, z, z_flat, epilogue, filters, n_images, output, statistics
     filters_at_points(filters.weight, G, t, filters_at)  # each thread for itself: they are soon made
     height, width = -(-y.shape[2] // SIDE), -(-y.shape[3] // SIDE)  # in tiles
     n_rows, n_channels = (padded.shape[2] - 2) // SIDE, filters_at.shape[2]
-    n_parts = POINTS * height * width * n_channels // AT_ONCE
+    n_parts = POINTS * height * width * -(-n_channels // AT_ONCE)
     start, stop = block_range(t, len(padded), len(z))
     for b in range(start, stop):
         n_lanes = min(n_images - b * LANES, LANES) if statistics.shape[1] > 0 else 0  # 0: nobody counts
@@ -263,26 +264,32 @@ def store_six(points, p, c, values):
 def products_to_rows(points, filters_at, row, o, t, products, rows, z_flat, ahead, part, part_size):
     # points (n_workspaces * 36, C_in, LANES), filters_at (n_workspaces * 36, C_in, C)
     # products (n_workspaces * 6, 16, LANES), rows (n_workspaces * 6, 16, 4, LANES)
-    # A matrix product at each point, of output channels o to o + 15 -> four outputs of a row of points
-    zero = broadcast(filters_at.dtype.type(0))
+    # A matrix product at each point, of up to 16 output channels from o on -> four outputs of a row of points
+    zero, n_channels = broadcast(filters_at.dtype.type(0)), min(AT_ONCE, filters_at.shape[2] - o)
     for j in range(SIX):
         prefetch_part(z_flat, ahead, part, part_size)
         part += 1
         point = POINTS * t + SIX * row + j
-        for c in range(0, AT_ONCE, TALL):
-            y = same_channels(zero)
-            for k in range(filters_at.shape[1]):
-                y = plus_channels(filters_at, (point, k), o + c, load(points, (point, k)), y)
-            store_channels(products, SIX * t + j, c, y)
-    for c in range(AT_ONCE):
-        store_four(rows, SIX * t + row, c, outputs_from_points(six_products(products, SIX * t, c)))
+        for c in range(0, n_channels, TALL):
+            if n_channels - c >= TALL:
+                y = tall_of(zero)
+                for k in range(filters_at.shape[1]):
+                    y = plus_tall(filters_at, (point, k), o + c, load(points, (point, k)), y)
+                store_tall(products, SIX * t + j, c, y)
+            else:
+                y = short_of(zero)
+                for k in range(filters_at.shape[1]):
+                    y = plus_short(filters_at, (point, k), o + c, load(points, (point, k)), y)
+                store_short(products, SIX * t + j, c, y)
+    for c in range(n_channels):
+        store_four(rows, SIX * t + row, c, outputs_from_points(six_values(products, SIX * t, (c,))))
 
 
 @formula
-def six_products(products, p, c):
-    """Return the products at six points, products[p : p + 6, c]."""
-    return (load(products, (p, c)), load(products, (p + 1, c)), load(products, (p + 2, c)),
-            load(products, (p + 3, c)), load(products, (p + 4, c)), load(products, (p + 5, c)))
+def six_values(x, p, at):
+    """Return the values at six points, x[p : p + 6, *at]."""
+    return (load(x, (p, *at)), load(x, (p + 1, *at)), load(x, (p + 2, *at)),
+            load(x, (p + 3, *at)), load(x, (p + 4, *at)), load(x, (p + 5, *at)))
 
 
 @formula
@@ -292,13 +299,6 @@ def store_four(rows, p, c, outputs):
     store(rows, (p, c, 1), outputs[1])
     store(rows, (p, c, 2), outputs[2])
     store(rows, (p, c, 3), outputs[3])
-
-
-@formula
-def six_rows(rows, p, c, k):
-    """Return column k of six rows, rows[p : p + 6, c, k]."""
-    return (load(rows, (p, c, k)), load(rows, (p + 1, c, k)), load(rows, (p + 2, c, k)),
-            load(rows, (p + 3, c, k)), load(rows, (p + 4, c, k)), load(rows, (p + 5, c, k)))
 
 
 @kernel
@@ -315,7 +315,7 @@ def rows_to_outputs(rows, t, i, j, first, bias, n_lanes, output, b, sums):
     for o in range(first, min(first + AT_ONCE, y.shape[1])):
         center, total, squares = load(sums, (t, o, 0)), load(sums, (t, o, 1)), load(sums, (t, o, 2))
         for k in range(width):
-            v0, v1, v2, v3 = outputs_from_points(six_rows(rows, SIX * t, o - first, k))
+            v0, v1, v2, v3 = outputs_from_points(six_values(rows, SIX * t, (o - first, k)))
             v0 = put_in_place(y, start, started, nontemporal, b, o, h, w + k, bias, v0)
             if height > 1:
                 v1 = put_in_place(y, start, started, nontemporal, b, o, h + 1, w + k, bias, v1)
