@@ -1,13 +1,15 @@
 """What stands between two linear layers, applied while the second reads: against the layers one by one."""
 
+import numba
 import numpy as np
 import pytest
 
-from rso_numba.kernels import cpu, formulas
+from rso_numba.kernels import cpu, formulas, plain
 from rso_numba.kernels.cpu import convolution, fusion, memory, tiles
 from rso_numba.kernels.cpu.activations import computed
 from rso_numba.kernels.cpu.convolution import conv2d_fused
 from rso_numba.kernels.cpu.dense import dense_fused
+from rso_numba.kernels.cpu.lanes import LANES
 from rso_numba.kernels.cpu.norms import mean_and_variance
 
 POOLS = {
@@ -60,6 +62,16 @@ def test_what_is_deferred_for_a_convolution(shape, size, pool, rng):
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     dy = cpu.avgpool_forward(made)
     np.testing.assert_array_equal(cpu.avgpool_backward(x, dy), cpu.avgpool_backward(made, dy))
+
+
+@pytest.mark.parametrize("strip", [tiles.STRIP, 1])
+def test_borders_of_later_blocks(strip, rng, monkeypatch):
+    # maps of one strip keep their border, and of several strips each has its own
+    monkeypatch.setattr(tiles, "STRIP", strip)
+    x = rng.standard_normal((4 * LANES * numba.config.NUMBA_NUM_THREADS, 2, 6, 5), np.float32)
+    weight, bias = rng.standard_normal((3, 2, 3, 3), np.float32), np.ones(3, np.float32)
+    found = cpu.unpack(cpu.conv2d_forward(cpu.pack(x), weight, bias), len(x))
+    np.testing.assert_allclose(found, plain.conv2d_forward(x, weight, bias), rtol=1e-4, atol=1e-4)
 
 
 @shapes
